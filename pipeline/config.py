@@ -1,0 +1,256 @@
+"""config.yaml -> a checked Study. Everything that can be wrong in it is found here, before any job starts or model
+loads."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+from jsonschema import Draft202012Validator, validators
+
+from pipeline import fingerprint
+from pipeline.hooks import READ_SITES, WRITE_SITES, Geometry, Hook, parse_hook, read_geometry
+from pipeline.registry import unknown
+
+SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
+CORPUS_KINDS = (".txt", ".jsonl", ".parquet", ".npy")
+# sae_lens applies these inside the forward pass. The others need a dataset statistic that the file does not hold,
+# and sae_lens silently leaves them out.
+HONOURED_NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+@dataclass(frozen=True)
+class Model:
+    id: str
+    path: Path
+    processing: MappingProxyType
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class Corpus:
+    id: str
+    path: Path
+    column: str
+    context: int
+    contexts: int | None
+    prepend_bos: bool
+
+
+@dataclass(frozen=True)
+class Sae:
+    """An SAE or transcoder: it reads the activation at `read` and predicts the one at `write` (the same for an SAE)."""
+
+    id: str
+    path: Path
+    model: str
+    architecture: str
+    read: Hook
+    write: Hook
+    d_in: int
+    d_sae: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    id: str
+    scope: str
+    interventions: tuple[str, ...]
+    saes: tuple[str, ...]
+    corpora: tuple[str, ...]
+    patch_special: bool
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole checked configuration; the dictionaries are keyed by id, in the order of the file."""
+
+    seed: int
+    shards: int
+    bootstrap: MappingProxyType
+    models: MappingProxyType
+    corpora: MappingProxyType
+    saes: MappingProxyType
+    experiments: MappingProxyType
+
+
+def load(config: dict) -> Study:
+    """Check a configuration and resolve it. ValueError says what was found, what was expected and what to do."""
+    config = validate(config)
+    models = _by_id("models", [_model(entry) for entry in config["models"]])
+    corpora = _by_id("corpora", [_corpus(entry, models) for entry in config["corpora"]])
+    saes = _by_id("saes", [_sae(entry, models) for entry in config["saes"]])
+    experiments = _by_id("experiments", [_experiment(entry, saes, corpora) for entry in config["experiments"]])
+    bootstrap = MappingProxyType(config["bootstrap"])
+    return Study(config["seed"], config["shards"], bootstrap, models, corpora, saes, experiments)
+
+
+def validate(config: dict) -> dict:
+    """A copy of the configuration with the schema's defaults filled in. ValueError lists everything that breaks the
+    schema."""
+    config = json.loads(json.dumps(config))
+    validator = _filling_defaults(Draft202012Validator)(yaml.safe_load(SCHEMA.read_text()))
+    errors = sorted(validator.iter_errors(config), key=lambda error: list(map(str, error.absolute_path)))
+    if errors:
+        raise ValueError("The configuration is wrong:\n" + "\n".join(f"  {_explain(error)}" for error in errors))
+    return config
+
+
+def _filling_defaults(validator):
+    check_properties = validator.VALIDATORS["properties"]
+
+    def properties(checker, schema, instance, whole):
+        if isinstance(instance, dict):
+            for name, part in schema.items():
+                if "default" in part:
+                    instance.setdefault(name, json.loads(json.dumps(part["default"])))
+        yield from check_properties(checker, schema, instance, whole)
+
+    return validators.extend(validator, {"properties": properties})
+
+
+def _explain(error) -> str:
+    """One line for one breach of the schema: where, what was found, what was expected."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
+    place, found = "".join(parts).lstrip(".") or "top level", error.instance
+    if error.validator == "additionalProperties":
+        known = error.schema["properties"]
+        return f"{place}: " + " ".join(unknown("key", key, known) for key in found if key not in known)
+    if error.validator == "required":
+        missing = [key for key in error.validator_value if key not in found]
+        return f"{place}: the key {', '.join(map(repr, missing))} is missing."
+    if error.validator == "pattern":
+        allowed = "letters, digits, and single '.', '_', '+' or '-' between them"
+        return f"{place}: {found!r} can't be a name, because it becomes part of file names. Use {allowed}."
+    if error.validator == "type":
+        return f"{place}: found {found!r} ({type(found).__name__}), expected {error.validator_value}."
+    return f"{place}: {error.message}. {error.schema.get('description', '')}".rstrip()
+
+
+def _by_id(kind: str, entries: list) -> MappingProxyType:
+    seen = {}
+    for entry in entries:
+        if entry.id in seen:
+            raise ValueError(
+                f"{kind}: the id '{entry.id}' is used twice. Every entry needs an id of its own; rename one."
+            )
+        seen[entry.id] = entry
+    return MappingProxyType(seen)
+
+
+def _existing(path: str, what: str) -> Path:
+    if not Path(path).exists():
+        raise ValueError(
+            f"{what}: '{path}' does not exist (looked from {Path.cwd()}). Correct `path`, or "
+            "run in the folder it starts from."
+        )
+    return Path(path)
+
+
+def _model(entry: dict) -> Model:
+    what = f"Model '{entry['id']}'"
+    folder = _existing(entry["path"], what)
+    for pattern in ("config.json", "*.safetensors", "tokenizer.json"):
+        if not any(folder.glob(pattern)):
+            raise ValueError(
+                f"{what}: '{folder}' holds no {pattern}. Expected a Hugging Face folder with safetensors weights."
+            )
+    return Model(entry["id"], folder, MappingProxyType(entry["processing"]), read_geometry(folder))
+
+
+def _corpus(entry: dict, models: MappingProxyType) -> Corpus:
+    what = f"Corpus '{entry['id']}'"
+    path = _existing(entry["path"], what)
+    if path.suffix not in CORPUS_KINDS:
+        raise ValueError(f"{what}: '{path}' ends in '{path.suffix}'. Known kinds of file: {', '.join(CORPUS_KINDS)}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{what}: '{path}' is empty. It must hold at least one context of text.")
+    for model in models.values():
+        if entry["context"] > model.geometry.n_ctx:
+            raise ValueError(
+                f"{what}: contexts of {entry['context']} tokens, but model '{model.id}' has "
+                f"positions for {model.geometry.n_ctx}. Lower `context`."
+            )
+    return Corpus(entry["id"], path, entry["column"], entry["context"], entry.get("contexts"), entry["prepend_bos"])
+
+
+def _sae(entry: dict, models: MappingProxyType) -> Sae:
+    what = f"SAE '{entry['id']}'"
+    folder = _existing(entry["path"], what)
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).exists():
+            raise ValueError(f"{what}: '{folder}' holds no {name}. Expected a folder that sae_lens has saved.")
+    if "model" not in entry and len(models) > 1:
+        raise ValueError(f"{what}: there are {len(models)} models, so say which one with `model`: {', '.join(models)}.")
+    model_id = entry.get("model", next(iter(models)))
+    if model_id not in models:
+        raise ValueError(f"{what}: " + unknown("model", model_id, models))
+    return _described(entry["id"], folder, models[model_id])
+
+
+def _described(name: str, folder: Path, model: Model) -> Sae:
+    """The SAE that a cfg.json of sae_lens describes, checked against the model it is used on."""
+    what = f"SAE '{name}' ({folder / 'cfg.json'})"
+    settings = json.loads((folder / "cfg.json").read_text())
+    metadata = settings.get("metadata", {})
+    transcoder = "transcoder" in settings["architecture"]
+    hooks = {
+        "read": metadata.get("hook_name"),
+        "write": metadata.get("hook_name_out") if transcoder else metadata.get("hook_name"),
+    }
+    for role, sites in (("read", READ_SITES), ("write", WRITE_SITES)):
+        try:
+            hooks[role] = parse_hook(hooks[role], model.geometry.n_layers, sites)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
+        width, key = hooks[role].width(model.geometry), "d_out" if transcoder and role == "write" else "d_in"
+        if settings[key] != width:
+            raise ValueError(
+                f"{what}: {key} is {settings[key]}, but '{hooks[role].name}' of model "
+                f"'{model.id}' is {width} wide. Was it trained on another model?"
+            )
+    mode = settings.get("normalize_activations", "none")
+    if mode not in HONOURED_NORMALISATIONS:
+        raise ValueError(
+            f"{what}: normalize_activations '{mode}' can't be honoured. Fold it into the "
+            "weights with sae_lens and save again."
+        )
+    _check_processing(what, metadata.get("model_from_pretrained_kwargs") or {}, model)
+    return Sae(
+        name,
+        folder,
+        model.id,
+        settings["architecture"],
+        hooks["read"],
+        hooks["write"],
+        settings["d_in"],
+        settings["d_sae"],
+    )
+
+
+def _check_processing(what: str, trained_with: dict, model: Model) -> None:
+    for key, value in trained_with.items():
+        if key in model.processing and model.processing[key] != value:
+            raise ValueError(
+                f"{what}: trained with {key} = {value}, but model '{model.id}' is loaded with "
+                f"{key} = {model.processing[key]}. "
+                f"Set models: processing: {{{key}: {str(value).lower()}}}."
+            )
+
+
+def _experiment(entry: dict, saes: MappingProxyType, corpora: MappingProxyType) -> Experiment:
+    what = f"Experiment '{entry['id']}'"
+    known = fingerprint.registered("interventions", "INTERVENTIONS")
+    chosen = {}
+    for kind, available in (("interventions", known), ("saes", saes), ("corpora", corpora)):
+        chosen[kind] = tuple(available) if entry[kind] == "all" else tuple(entry[kind])
+        for name in chosen[kind]:
+            if name not in available:
+                raise ValueError(
+                    f"{what}: "
+                    + unknown(
+                        {"interventions": "intervention", "saes": "SAE", "corpora": "corpus"}[kind], name, available
+                    )
+                )
+    return Experiment(entry["id"], entry["scope"], **chosen, patch_special=entry["patch_special"])

@@ -1,0 +1,108 @@
+"""What a result depends on, as short digests: of settings, of files' content, and of the code that a job runs.
+
+The code digest ignores comments, docstrings and layout, and of a module's registered functions (interventions,
+figures, ...) it takes only those that the job names: a new intervention leaves the digests of other jobs alone.
+Nothing here imports the code it looks at, so that planning needs no torch.
+"""
+
+import ast
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+# Infrastructure moves bytes and decides nothing about numbers; a change of its file format raises FORMAT instead.
+INFRASTRUCTURE = frozenset({"config", "fingerprint", "plan", "registry", "stage", "store"})
+FORMAT = 1
+
+
+def digest(value: object) -> str:
+    """16 hex digits of the canonical JSON of a value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's content, or of a folder's visible files by name and content; times and owners do not count."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        return digest([[file.name, file_digest(file)] for file in files])
+    status = os.stat(path)
+    return _content_digest(str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@cache
+def _content_digest(path: str, size: int, mtime: int, inode: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def code_digest(module: str, names: frozenset[str] = frozenset(), package: Path = PACKAGE) -> str:
+    """Digest of `pipeline.<module>`, of all in-package modules it imports, and of the registered functions in
+    `names`."""
+    reached = sorted(_reached(module, package) - INFRASTRUCTURE)
+    return digest([FORMAT, [[name, _module_digest(_file(name, package), names)] for name in reached]])
+
+
+def registered(module: str, registry: str, package: Path = PACKAGE) -> dict[str, list[str]]:
+    """Name -> argument names of every function that `module` puts into `registry`, in the order of the file."""
+    functions = [node for node in _tree(_file(module, package)).body if _registry_of(node) == registry]
+    return {node.name: [argument.arg for argument in node.args.args] for node in functions}
+
+
+def _file(module: str, package: Path) -> Path:
+    path = package.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes(), filename=str(path))
+
+
+def _reached(module: str, package: Path) -> set[str]:
+    """In-package modules that `module` imports, directly or not, and itself."""
+    reached, pending = set(), [module]
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            pending += imports(_file(name, package), package)
+    return reached
+
+
+def imports(path: Path, package: Path = PACKAGE) -> list[str]:
+    """The modules of this package that a file imports, at top level or inside a function."""
+    found = []
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            found += [
+                alias.name.removeprefix("pipeline.") for alias in node.names if alias.name.startswith("pipeline.")
+            ]
+        elif isinstance(node, ast.ImportFrom) and node.module == "pipeline":
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
+            found.append(node.module.removeprefix("pipeline."))
+    return [name for name in found if _file(name, package).exists()]
+
+
+def _module_digest(path: Path, names: frozenset[str]) -> str:
+    tree = _tree(path)
+    tree.body = [node for node in tree.body if _registry_of(node) is None or node.name in names]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _registry_of(node: ast.stmt) -> str | None:
+    """The name of the registry whose `.register` decorates a function, or None."""
+    for decorator in getattr(node, "decorator_list", []):
+        if (
+            isinstance(decorator, ast.Attribute)
+            and decorator.attr == "register"
+            and isinstance(decorator.value, ast.Name)
+        ):
+            return decorator.value.id
+    return None

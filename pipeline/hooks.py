@@ -1,0 +1,85 @@
+"""Hook points: TransformerLens's names, what they hold, how wide they are. Imports no torch, so that planning can use
+it."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.registry import unknown
+
+RESIDUAL_SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+WRITE_SITES = (*RESIDUAL_SITES, "hook_attn_out", "attn.hook_z", "hook_mlp_out")
+READ_SITES = (*WRITE_SITES, "ln2.hook_normalized")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a decoder, in numbers of layers, heads, dimensions, positions and tokens."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    n_ctx: int
+    d_vocab: int
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A hook point of one block, such as layer 6, site `hook_resid_pre`."""
+
+    layer: int
+    site: str
+
+    @property
+    def name(self) -> str:
+        return f"blocks.{self.layer}.{self.site}"
+
+    @property
+    def short(self) -> str:
+        """For file names and axes: `6.resid_pre`, `3.z`, `3.mlp_in`."""
+        site = {"attn.hook_z": "z", "ln2.hook_normalized": "mlp_in"}.get(self.site, self.site.removeprefix("hook_"))
+        return f"{self.layer}.{site}"
+
+    def width(self, geometry: Geometry) -> int:
+        """Length of the activation vector of one token; the heads of `hook_z` are laid side by side."""
+        return geometry.n_heads * geometry.d_head if self.site == "attn.hook_z" else geometry.d_model
+
+
+def parse_hook(name: str, n_layers: int, sites: tuple[str, ...] = READ_SITES) -> Hook:
+    """`blocks.6.hook_resid_pre` -> Hook(6, 'hook_resid_pre').
+
+    Raises ValueError for a name of another form, for a site that is not in `sites`, and for a layer beyond the model's.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", str(name))
+    if match is None or match[2] not in sites:
+        raise ValueError(unknown("hook", name, [f"blocks.N.{site}" for site in sites]))
+    if int(match[1]) >= n_layers:
+        raise ValueError(f"Hook '{name}' is at layer {match[1]}, but the model has layers 0 to {n_layers - 1}.")
+    return Hook(int(match[1]), match[2])
+
+
+# The names under which Hugging Face configurations keep the same number.
+_GEOMETRY_KEYS = {
+    "n_layers": ("num_hidden_layers", "n_layer"),
+    "d_model": ("hidden_size", "n_embd"),
+    "n_heads": ("num_attention_heads", "n_head"),
+    "n_ctx": ("max_position_embeddings", "n_positions"),
+    "d_vocab": ("vocab_size",),
+}
+
+
+def read_geometry(folder: Path) -> Geometry:
+    """Sizes of the model in a local Hugging Face folder, from its config.json. ValueError where one is missing."""
+    settings = json.loads((folder / "config.json").read_text())
+    sizes = {}
+    for size, keys in _GEOMETRY_KEYS.items():
+        values = [settings[key] for key in keys if key in settings]
+        if not values:
+            raise ValueError(
+                f"{folder / 'config.json'} has none of {' / '.join(keys)}: expected a Hugging "
+                "Face decoder's configuration."
+            )
+        sizes[size] = values[0]
+    return Geometry(**sizes, d_head=settings.get("head_dim") or sizes["d_model"] // sizes["n_heads"])

@@ -1,0 +1,92 @@
+"""Language models: a local Hugging Face folder -> processed TransformerLens weights, and their file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pipeline.decoder import Weights
+
+
+def load_folder(folder: Path, processing: Mapping[str, bool]) -> Weights:
+    """The model of a Hugging Face folder as TransformerLens reads it, in float32.
+
+    `processing` holds fold_ln, center_writing_weights and center_unembed; value biases are folded with the LayerNorm,
+    as `HookedTransformer.from_pretrained` does. Only safetensors are read, and no code of the folder is run.
+    ValueError where a weight is not finite.
+    """
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder).resolve()
+    source = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    fold_ln = processing["fold_ln"]
+    try:
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            str(folder), fold_ln=fold_ln, device="cpu", dtype=torch.float32
+        )
+    except AttributeError as error:  # GPT-2 folders saved by transformers 5 lack `n_ctx`, for one
+        raise ValueError(
+            f"{folder / 'config.json'} lacks a key that TransformerLens needs: {error}. Add it."
+        ) from error
+    _check_architecture(folder, cfg)
+    state = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, source, dtype=torch.float32)
+    cfg.tokenizer_name = None  # the weights are all that is wanted here
+    model = HookedTransformer(cfg, move_to_device=False)
+    model.load_and_process_state_dict(state, fold_value_biases=fold_ln, **processing)
+    return checked(Weights(_plain(model.cfg.to_dict()), _parameters(model)), folder)
+
+
+def _check_architecture(folder: Path, cfg) -> None:
+    """TransformerLens guesses some architectures from the folder's name; a guess that config.json contradicts is
+    refused."""
+    declared = json.loads((folder / "config.json").read_text()).get("architectures", [None])[0]
+    if cfg.original_architecture != declared:
+        raise ValueError(
+            f"{folder}: config.json declares {declared}, but TransformerLens takes it for "
+            f"{cfg.original_architecture}. Rename the folder."
+        )
+
+
+def _plain(settings: dict) -> dict:
+    """TransformerLens's settings as JSON values; what is not one (dtype, device, ...) goes as its name."""
+    plain = {}
+    for name, value in settings.items():
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except TypeError:
+            plain[name] = str(value).removeprefix("torch.")
+    return plain
+
+
+def _parameters(model) -> dict[str, torch.Tensor]:
+    """The state dict without the buffers that follow from the configuration (masks, rotary tables)."""
+    named = dict(model.named_parameters())
+    return {name: tensor.detach().contiguous().clone() for name, tensor in named.items()}
+
+
+def checked(weights: Weights, source: object) -> Weights:
+    """The same weights. ValueError names the first parameter that holds a NaN or an infinity."""
+    for name, tensor in weights.state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{source}: the weight '{name}' holds values that are not finite "
+                f"({int((~torch.isfinite(tensor)).sum())} of them)."
+            )
+    return weights
+
+
+def save(weights: Weights, path: Path, fingerprint: str) -> None:
+    """Write weights as safetensors, with settings and fingerprint in the header."""
+    save_file(weights.state, path, metadata={"fingerprint": fingerprint, "settings": json.dumps(weights.settings)})
+
+
+def load(path: Path, device: str = "cpu") -> Weights:
+    """Read what `save` has written."""
+    with safe_open(path, framework="pt", device=device) as file:
+        return Weights(json.loads(file.metadata()["settings"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -1,0 +1,245 @@
+"""Study -> jobs: which files there are, what each is made from, and the fingerprint that says whether it is still true.
+
+Pure functions of the configuration, of the content of its files and of the code; used by the Snakefile, the stages and
+the tests alike. A job is handed to its stage as one JSON string, which is also what Snakemake compares between runs.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+from pipeline import fingerprint
+from pipeline.config import Experiment, Sae, Study
+from pipeline.hooks import Hook
+
+PATTERNS = {
+    "tokens": "results/tokens/{model}/{corpus}.h5",
+    "weights": "results/weights/{model}.safetensors",
+    "clean": "results/clean/{model}/{corpus}/{shard}.h5",
+    "activations": "results/activations/{model}/{corpus}/{hook}/{shard}.h5",
+    "moments": "results/moments/{model}/{corpus}/{hook}.h5",
+    "reconstructions": "results/reconstructions/{sae}/{corpus}/{shard}.h5",
+    "effects": "results/effects/{experiment}/{sae}/{corpus}/{shard}.parquet",
+    "ablations": "results/ablations/{experiment}/{model}/{corpus}/{hook}/{shard}.parquet",
+    "summary": "results/summary/effects.parquet",
+    "figures": "results/figures/{figure}.parquet",
+    "report": "results/report.html",
+}
+# The control of the patch and of the resume path: cheap, and every job that patches runs its own.
+CONTROL = "identity"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One file to make. `settings` is the job's own part of the configuration: only what it reads."""
+
+    stage: str
+    key: dict[str, str]
+    settings: dict
+    inputs: tuple[tuple[str, "Job"], ...] = ()
+    names: frozenset[str] = frozenset()
+
+    @property
+    def path(self) -> str:
+        return PATTERNS[self.stage].format(**self.key)
+
+    @cached_property
+    def code(self) -> str:
+        return fingerprint.code_digest(self.stage, self.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        upstream = [[name, job.fingerprint] for name, job in self.inputs]
+        return fingerprint.digest([self.stage, self.key, self.settings, self.code, upstream])
+
+    @cached_property
+    def json(self) -> str:
+        """What the stage is told: its settings, and what its inputs and its own code must be."""
+        upstream = [[name, job.fingerprint] for name, job in self.inputs]
+        told = {"stage": self.stage, "key": self.key, "settings": self.settings, "inputs": upstream}
+        told |= {"names": sorted(self.names), "code": self.code, "fingerprint": self.fingerprint}
+        return json.dumps(told, sort_keys=True)
+
+
+class Plan:
+    """All jobs of a study, by path. The methods that make a job are its definition; `jobs` says which are wanted."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.interventions = fingerprint.registered("interventions", "INTERVENTIONS")
+        self.figures = fingerprint.registered("figures", "FIGURES")
+        self._made: dict[tuple, Job] = {}
+        self.targets = self._targets()
+        self.jobs = {job.path: job for job in self._made.values()}
+
+    def __getitem__(self, path: str) -> Job:
+        return self.jobs[path]
+
+    def _targets(self) -> list[Job]:
+        """The report, and every item below it: a lost or stale item is found even when the report looks finished."""
+        report = self.report()
+        return [*self._rows(), report]
+
+    @property
+    def shards(self) -> list[str]:
+        return [f"{shard}-of-{self.study.shards}" for shard in range(self.study.shards)]
+
+    def _make(self, stage: str, key: dict, settings: dict, inputs: list[tuple[str, Job]], names=frozenset()) -> Job:
+        """The job of that stage and key; made once, so that jobs that share an input share its fingerprint's work."""
+        place = (stage, *key.values())
+        if place not in self._made:
+            self._made[place] = Job(stage, key, settings, tuple(inputs), frozenset(names))
+        return self._made[place]
+
+    # One method per stage, in the order of the data flow.
+
+    def tokens(self, model: str, corpus: str) -> Job:
+        entry, folder = self.study.corpora[corpus], self.study.models[model].path
+        settings = {
+            "path": str(entry.path),
+            "tokenizer": str(folder),
+            "content": fingerprint.file_digest(entry.path),
+            "tokenizer_content": fingerprint.file_digest(folder / "tokenizer.json"),
+        }
+        settings |= {name: getattr(entry, name) for name in ("column", "context", "contexts", "prepend_bos")}
+        return self._make(
+            "tokens", {"model": model, "corpus": corpus}, settings, [], [entry.path.suffix.removeprefix(".")]
+        )
+
+    def weights(self, model: str) -> Job:
+        entry = self.study.models[model]
+        settings = {
+            "path": str(entry.path),
+            "content": fingerprint.file_digest(entry.path),
+            "processing": dict(entry.processing),
+        }
+        return self._make("weights", {"model": model}, settings, [])
+
+    def clean(self, model: str, corpus: str, shard: str) -> Job:
+        inputs = [("tokens", self.tokens(model, corpus)), ("weights", self.weights(model))]
+        return self._make("clean", {"model": model, "corpus": corpus, "shard": shard}, {}, inputs)
+
+    def activations(self, model: str, corpus: str, hook: Hook, shard: str) -> Job:
+        inputs = [("tokens", self.tokens(model, corpus)), ("weights", self.weights(model))]
+        return self._make(
+            "activations", {"model": model, "corpus": corpus, "hook": hook.name, "shard": shard}, {}, inputs
+        )
+
+    def moments(self, model: str, corpus: str, hook: Hook) -> Job:
+        inputs = [("tokens", self.tokens(model, corpus))]
+        inputs += [("activations", self.activations(model, corpus, hook, shard)) for shard in self.shards]
+        return self._make("moments", {"model": model, "corpus": corpus, "hook": hook.name}, {}, inputs)
+
+    def reconstructions(self, sae: Sae, corpus: str, shard: str) -> Job:
+        inputs = [("read", self.activations(sae.model, corpus, sae.read, shard))]
+        inputs += [("write", self.activations(sae.model, corpus, sae.write, shard))]
+        inputs += [("tokens", self.tokens(sae.model, corpus))]
+        settings = {"path": str(sae.path), "content": fingerprint.file_digest(sae.path), "model": sae.model}
+        settings |= {"read": sae.read.name, "write": sae.write.name}
+        return self._make("reconstructions", {"sae": sae.id, "corpus": corpus, "shard": shard}, settings, inputs)
+
+    def effects(self, experiment: Experiment, sae: Sae, corpus: str, shard: str) -> Job:
+        names = [name for name in experiment.interventions if name == CONTROL or self._needs(name, "x_hat")]
+        inputs = self._patching_inputs(sae.model, corpus, sae.write, shard)
+        inputs += [("reconstructions", self.reconstructions(sae, corpus, shard))]
+        key = {"experiment": experiment.id, "sae": sae.id, "corpus": corpus, "shard": shard}
+        settings = self._patching_settings(experiment, names) | {"model": sae.model, "hook": sae.write.name}
+        return self._make("effects", key, settings, inputs, names)
+
+    def ablations(self, experiment: Experiment, model: str, corpus: str, hook: Hook, shard: str) -> Job:
+        names = self._ablation_names(experiment)
+        inputs = self._patching_inputs(model, corpus, hook, shard)
+        if any(self._needs(name, "mean") for name in names):
+            inputs += [("moments", self.moments(model, corpus, hook))]
+        key = {"experiment": experiment.id, "model": model, "corpus": corpus, "hook": hook.name, "shard": shard}
+        return self._make("ablations", key, self._patching_settings(experiment, names), inputs, names)
+
+    def summary(self) -> Job:
+        inputs = [("tokens", self.tokens(*pair)) for pair in self._pairs()]
+        inputs += [(job.stage, job) for job in self._rows()]
+        inputs += [("moments", self.moments(sae.model, corpus, sae.write)) for sae, corpus in self._sae_corpora()]
+        settings = {"seed": self.study.seed, "bootstrap": dict(self.study.bootstrap)}
+        return self._make("summary", {}, settings, list(dict.fromkeys(inputs)))
+
+    def figure(self, figure: str) -> Job:
+        inputs = [("summary", self.summary())]
+        if "effects" in self.figures[figure]:
+            inputs += [("effects", job) for job in self._rows() if job.stage == "effects"]
+        return self._make("figures", {"figure": figure}, {}, inputs, [figure])
+
+    def report(self) -> Job:
+        inputs = [("summary", self.summary()), *(("figures", self.figure(figure)) for figure in self.figures)]
+        study = self.study
+        settings = {
+            "seed": study.seed,
+            "shards": study.shards,
+            "bootstrap": dict(study.bootstrap),
+            "models": [
+                {"id": m.id, "path": str(m.path), "processing": dict(m.processing)} for m in study.models.values()
+            ],
+            "corpora": [vars(c) | {"path": str(c.path)} for c in study.corpora.values()],
+            "saes": [{"id": s.id, "path": str(s.path), "model": s.model} for s in study.saes.values()],
+            "experiments": [vars(e) for e in study.experiments.values()],
+        }
+        return self._make("report", {}, json.loads(json.dumps(settings)), inputs)
+
+    def _needs(self, intervention: str, argument: str) -> bool:
+        return argument in self.interventions[intervention]
+
+    def _ablation_names(self, experiment: Experiment) -> list[str]:
+        """The experiment's interventions that need no SAE, with the control; none where only the control is left."""
+        free = [name for name in experiment.interventions if not self._needs(name, "x_hat")]
+        return free if set(free) - {CONTROL} else []
+
+    def _patching_inputs(self, model: str, corpus: str, hook: Hook, shard: str) -> list[tuple[str, Job]]:
+        return [
+            ("tokens", self.tokens(model, corpus)),
+            ("weights", self.weights(model)),
+            ("clean", self.clean(model, corpus, shard)),
+            ("activations", self.activations(model, corpus, hook, shard)),
+        ]
+
+    def _patching_settings(self, experiment: Experiment, names: list[str]) -> dict:
+        settings = {"interventions": names, "scope": experiment.scope, "patch_special": experiment.patch_special}
+        if any(self._needs(name, "noise") for name in names):
+            settings["seed"] = self.study.seed
+        return settings
+
+    def _rows(self) -> list[Job]:
+        """Every job whose table has a row per token: effects, reconstructions (the SAE's own numbers) and ablations."""
+        rows = {}
+        for experiment in self.study.experiments.values():
+            saes = [self.study.saes[sae] for sae in experiment.saes]
+            for sae, corpus, shard in product(saes, experiment.corpora, self.shards):
+                effects = self.effects(experiment, sae, corpus, shard)
+                rows |= {job.path: job for job in (effects, self.reconstructions(sae, corpus, shard))}
+                if self._ablation_names(experiment):
+                    ablations = self.ablations(experiment, sae.model, corpus, sae.write, shard)
+                    rows[ablations.path] = ablations
+        return list(rows.values())
+
+    def _sae_corpora(self) -> list[tuple[Sae, str]]:
+        experiments = self.study.experiments.values()
+        pairs = [(sae, corpus) for e in experiments for sae, corpus in product(e.saes, e.corpora)]
+        return [(self.study.saes[sae], corpus) for sae, corpus in dict.fromkeys(pairs)]
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys((sae.model, corpus) for sae, corpus in self._sae_corpora()))
+
+
+def shard_bounds(sequences: int, shard: str, batch: int) -> tuple[int, int]:
+    """First and last+1 sequence of shard `i-of-n`. Shards start at multiples of the micro-batch, so that every
+    micro-batch holds the same sequences whatever the number of shards, and rounds the same way.
+
+    ValueError where there are more shards than micro-batches.
+    """
+    index, count = map(int, shard.split("-of-"))
+    batches = -(-sequences // batch)
+    if count > batches:
+        raise ValueError(
+            f"{sequences} sequences make {batches} batches of {batch}, too few for {count} "
+            f"shards. Set `shards` to {batches} or less."
+        )
+    start, stop = (batch * (batches * i // count) for i in (index, index + 1))
+    return min(start, sequences), min(stop, sequences)

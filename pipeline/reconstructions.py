@@ -1,0 +1,92 @@
+"""Stage `reconstructions`: an SAE over the stored activations. The only stage that runs an SAE."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import engine, saes, store
+from pipeline.stage import Call, log, run
+from pipeline.types import Acts
+
+PER_TOKEN = ("l0", "l1", "norm", "sae_norm", "eps", "cos")
+AXES = {"x_hat": "seq pos d", "feature_count": "feature", **dict.fromkeys(PER_TOKEN, "seq pos")}
+
+
+def per_token(x: Acts, x_hat: Acts, features: Tensor) -> dict[str, Tensor]:
+    """L0 and L1 of the features, |x|, |x_hat|, |x_hat - x| and cos(x, x_hat), each `seq pos`."""
+    norm, sae_norm = x.norm(dim=-1), x_hat.norm(dim=-1)
+    cos = (x * x_hat).sum(-1) / (norm * sae_norm).clamp_min(torch.finfo(x.dtype).tiny)
+    l0, l1 = (features != 0).sum(-1).float(), features.abs().sum(-1)
+    return {
+        "l0": l0,
+        "l1": l1,
+        "norm": norm,
+        "sae_norm": sae_norm,
+        "eps": (x_hat - x).norm(dim=-1),
+        "cos": cos.clamp(-1, 1),
+    }
+
+
+def work(call: Call) -> None:
+    torch.set_num_threads(call.threads)
+    sae = saes.load_folder(Path(call.settings["path"]), call.device)
+    axes = {"activation": "seq pos d"}
+    with store.arrays(call.input("read"), axes) as read, store.arrays(call.input("write"), axes) as write:
+        x_in, x_out, first = read["activation"], write["activation"], int(read.attrs["first"])
+        ordinary = _ordinary(call, first, first + len(x_in))
+        shapes = {
+            "x_hat": x_out.shape,
+            "feature_count": ((sae.d_sae,), "int64"),
+            **dict.fromkeys(PER_TOKEN, x_out.shape[:2]),
+        }
+        counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=call.device)
+        attributes = (
+            call.settings
+            | call.key
+            | {"first": first, "architecture": sae.module.cfg.architecture(), "d_in": x_in.shape[2]}
+        )
+        with store.new_arrays(call.output, call.fingerprint, AXES, shapes, **attributes) as file:
+            for start, stop in engine.ranges(0, len(x_in)):
+                x = engine.filled(torch.from_numpy(x_out[start:stop]).to(call.device))
+                made = sae(engine.filled(torch.from_numpy(x_in[start:stop]).to(call.device)))
+                _check(made.x_hat, x, call, first + start)
+                counts += (made.features[: stop - start][ordinary[start:stop]] != 0).sum(0)
+                for name, value in {"x_hat": made.x_hat, **per_token(x, made.x_hat, made.features)}.items():
+                    file[name][start:stop] = value[: stop - start].cpu().numpy()
+            file["feature_count"][:] = counts.cpu().numpy()
+    log.info(
+        "%s: %d sequences, %d of %d features fired",
+        call.key["sae"],
+        shapes["x_hat"][0],
+        int((counts > 0).sum()),
+        sae.d_sae,
+    )
+
+
+def _ordinary(call: Call, start: int, stop: int) -> Tensor:
+    """Which tokens of the shard are not special, `seq pos`."""
+    with store.arrays(call.input("tokens"), {"special": "seq pos"}) as tokens:
+        return ~torch.from_numpy(tokens["special"][start:stop]).to(call.device)
+
+
+def _check(x_hat: Acts, x: Acts, call: Call, first: int) -> None:
+    if x_hat.shape != x.shape:
+        raise ValueError(
+            f"SAE '{call.key['sae']}' gives {list(x_hat.shape)}, but '{call.settings['write']}' holds {list(x.shape)}."
+        )
+    bad = (~torch.isfinite(x_hat).all(-1)).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"The reconstruction of SAE '{call.key['sae']}' is not finite at sequence "
+            f"{first + int(bad[0, 0])}, position {int(bad[0, 1])}."
+        )
+
+
+def main() -> None:
+    with torch.inference_mode():
+        run("reconstructions", work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Stage `report`: one self-contained HTML page for readers, and the headline as a line of text."""
+
+import base64
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import polars as pl
+
+from pipeline import store
+from pipeline.stage import Call, log, run
+
+FOLDER = Path(__file__).parent.parent / "workflow" / "report"
+PACKAGES = ("torch", "transformer_lens", "sae_lens", "snakemake", "h5py", "polars", "pyarrow", "seaborn")
+COLUMNS = {
+    "sae": "SAE",
+    "hook": "hook",
+    "intervention": "intervention",
+    "kl_mean": "KL mean",
+    "kl_median": "median",
+    "kl_p99": "p99",
+    "kl_p999": "p99.9",
+    "kl_ratio": "KL ratio",
+    "delta_ce_mean": "loss increase",
+    "top1_agreement": "top-1 agreement",
+}
+SAE_COLUMNS = {
+    "sae": "SAE",
+    "architecture": "architecture",
+    "hook": "hook",
+    "l0_mean": "L0",
+    "explained_variance": "explained variance",
+    "cos_mean": "cosine",
+    "norm_ratio": "norm ratio",
+    "dead_features": "never fired",
+    "dense_features": "dense",
+}
+
+
+def headline(effects: pl.DataFrame) -> str:
+    """The result in one or two sentences, from the KL ratios of `sae` to `eps_random` over ordinary tokens."""
+    rows = effects.filter(
+        pl.col("intervention") == "sae", pl.col("tokens") == "ordinary", pl.col("kl_ratio").is_not_null()
+    )
+    if rows.is_empty():
+        return "No experiment ran both 'sae' and 'eps_random', so there is no KL ratio to report."
+    rows = rows.sort("kl_ratio")
+    least, most = rows.row(0, named=True), rows.row(-1, named=True)
+    above = rows.filter(pl.col("kl_ratio_low") > 1).height
+    below = rows.filter(pl.col("kl_ratio_high") < 1).height
+    middle = rows["kl_ratio"].median()
+    compared = "more than" if above > below else "less than" if below > above else "about as much as"
+    count = max(above, below) if above != below else rows.height - above - below
+    text = (
+        "Substituting the SAE's reconstruction changes the next-token distribution "
+        f"{compared} a random vector at the same distance"
+        f" for {count} of {rows.height} {'SAE' if rows.height == 1 else 'SAEs'} (95 % "
+        f"intervals): the KL ratio is {_interval(most, 'kl_ratio')}"
+    )
+    if rows.height > 1:
+        return (
+            text + f" at most ({most['sae']}), {middle:.2f} in the median and "
+            f"{_interval(least, 'kl_ratio')} at least ({least['sae']})."
+        )
+    return text + f" ({most['sae']})."
+
+
+def _interval(row: dict, column: str) -> str:
+    return f"{_number(row[column])} [{_number(row[column + '_low'])}, {_number(row[column + '_high'])}]"
+
+
+def _number(value: float | str | None) -> str:
+    """Three significant digits; a dash for what is not defined."""
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def cell(row: dict, column: str) -> str:
+    """A table cell: the value, with its interval where there is one."""
+    return _interval(row, column) if row.get(f"{column}_low") is not None else _number(row[column])
+
+
+def noise_floor(effects: pl.DataFrame) -> dict:
+    """The largest KL statistics that the control `identity` shows over all tokens of the run."""
+    rows = effects.filter(pl.col("intervention") == "identity", pl.col("tokens") == "all")
+    return {
+        "jobs": rows.height,
+        "kl": rows["kl_mean"].max(),
+        "tail": rows["kl_p999"].max(),
+        "top1": rows["top1_agreement"].min(),
+    }
+
+
+def work(call: Call) -> None:
+    path = call.input("summary")
+    summary, saes = pl.read_parquet(path), pl.read_parquet(path.with_name("saes.parquet"))
+    page, line = call.outputs
+    text = headline(summary)
+    rows = summary.filter(pl.col("tokens") == "ordinary", pl.col("intervention") != "identity")
+    content = {
+        "headline": text,
+        "figures": [_figure(path) for path in call.inputs["figures"]],
+        "columns": COLUMNS,
+        "rows": rows.sort("layer", "hook", "sae", nulls_last=True).rows(named=True),
+        "sae_columns": SAE_COLUMNS,
+        "saes": saes.sort("layer", "sae").rows(named=True),
+        "noise": noise_floor(summary),
+        "tokens": rows["n_tokens"].max(),
+        "confidence": f"{100 * call.settings['bootstrap']['confidence']:g} %",
+        "samples": call.settings["bootstrap"]["samples"],
+        "config": json.dumps(call.settings, indent=2),
+        "fingerprint": call.fingerprint,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": platform.platform(),
+    }
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["cell"] = cell
+    html = environment.from_string((FOLDER / "report.html.jinja").read_text(encoding="utf-8")).render(content)
+    store.write_text(line, text + "\n")
+    store.write_text(
+        page, html.replace("<!doctype html>", f"<!doctype html>\n<!-- fingerprint {call.fingerprint} -->", 1)
+    )
+    log.info("%s", text)
+
+
+def _figure(table: Path) -> dict[str, str]:
+    """A figure's title, caption and SVG; the files stand beside its data."""
+    name = table.stem
+    svg = base64.b64encode(table.with_suffix(".svg").read_bytes()).decode()
+    return {
+        "name": name,
+        "title": name.replace("_", " "),
+        "caption": (FOLDER / f"{name}.rst").read_text(encoding="utf-8"),
+        "svg": svg,
+    }
+
+
+def main() -> None:
+    run("report", work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Files: HDF5 for arrays, Parquet for tables. Written beside and renamed, each with the fingerprint of its job.
+
+A file that exists is complete. `.part` files are what a killed job leaves; nothing reads them, and the next job that
+writes the same file sweeps them away.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Sequences per HDF5 chunk; also the micro-batch of the engine, so that a batch is read in one piece.
+CHUNK = 8
+# Left free on the disk after a write: on a full one, HDF5 dies of a signal and leaves a broken file.
+HEADROOM = 64 * 2**20
+
+
+@contextmanager
+def written(path: Path, size: int = 0) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well, and removed when it does not.
+
+    Raises OSError before anything is written where the disk has no room for `size` bytes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.part"):
+        stale.unlink(missing_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < size + HEADROOM:
+        raise OSError(
+            f"{path} needs {size / 2**20:.0f} MiB, but its disk has {free / 2**20:.0f} MiB "
+            "left. Free some space and run again."
+        )
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_arrays(
+    path: Path, fingerprint: str, axes: dict[str, str], shapes: dict[str, tuple], /, **attributes
+) -> Iterator[dict[str, h5py.Dataset]]:
+    """Datasets to fill, by name, in an HDF5 file that appears when the block ends well.
+
+    `axes` names the axes of each dataset, as in `{"activation": "seq pos d"}`. All are float32 unless a shape comes
+    with a dtype, as `((8, 128), "int32")`. Chunks hold CHUNK sequences, and are not compressed: measured, lzf and gzip
+    cost 10 to 60 times the time of a plain write and save at most 16 %.
+    """
+    kinds = {name: shape if isinstance(shape[0], tuple) else (shape, "float32") for name, shape in shapes.items()}
+    size = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in kinds.values())
+    with written(path, size) as part, h5py.File(part, "w") as file:
+        file.attrs.update({"fingerprint": fingerprint, **{name: _plain(value) for name, value in attributes.items()}})
+        for name, (shape, kind) in kinds.items():
+            chunks = (min(CHUNK, shape[0]), *shape[1:]) if axes[name].startswith("seq ") and min(shape) > 0 else None
+            file.create_dataset(name, shape, dtype=kind, chunks=chunks).attrs["axes"] = axes[name]
+        yield {name: file[name] for name in kinds}
+
+
+def _plain(value):
+    return value if isinstance(value, (str, int, float)) else json.dumps(value)
+
+
+@contextmanager
+def arrays(path: Path, axes: dict[str, str]) -> Iterator[h5py.File]:
+    """An open HDF5 file whose datasets are checked to be there with these axes. ValueError says which file to
+    delete."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} can't be read as HDF5 ({error}). Delete it and run again.") from error
+    with file:
+        for name, expected in axes.items():
+            if name not in file:
+                raise ValueError(f"{path} has no dataset '{name}', only {', '.join(file)}. Delete it and run again.")
+            if file[name].attrs.get("axes") != expected:
+                raise ValueError(
+                    f"{path}: '{name}' has axes '{file[name].attrs.get('axes')}', expected "
+                    f"'{expected}'. Delete it and run again."
+                )
+        yield file
+
+
+def write_table(
+    path: Path, groups: Iterable[pa.Table], fingerprint: str, units: Mapping[str, str], /, **attributes
+) -> None:
+    """Tables of one schema as the row groups of a Parquet file, with units on the columns and the fingerprint.
+
+    Floats are split into byte streams and everything else gets a dictionary: for our columns that is 1.6 times
+    smaller and 4.6 times faster than dictionaries for all.
+    """
+    groups = iter(groups)
+    table = next(groups)
+    fields = [
+        field.with_metadata({"unit": units[field.name]}) if field.name in units else field for field in table.schema
+    ]
+    metadata = {"fingerprint": fingerprint, **{name: json.dumps(value) for name, value in attributes.items()}}
+    schema = pa.schema(fields, metadata=metadata)
+    floats = [field.name for field in fields if pa.types.is_floating(field.type)]
+    others = [field.name for field in fields if not pa.types.is_floating(field.type)]
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": others, "use_byte_stream_split": floats}
+    with written(path, table.nbytes) as part, pq.ParquetWriter(part, schema, **options) as writer:
+        writer.write_table(table.cast(schema))
+        for table in groups:
+            writer.write_table(table.cast(schema))
+
+
+def table_attributes(path: Path) -> dict:
+    """The attributes that `write_table` put into a Parquet file."""
+    metadata = pq.read_schema(path).metadata or {}
+    return {
+        key.decode(): json.loads(value)
+        for key, value in metadata.items()
+        if key not in (b"fingerprint", b"ARROW:schema")
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    with written(path, len(text)) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def read_fingerprint(path: Path) -> str | None:
+    """The fingerprint in a file of one of our kinds, or None where it has none. ValueError where it can't be read."""
+    path = Path(path)
+    try:
+        if path.suffix == ".h5":
+            with h5py.File(path, "r") as file:
+                return file.attrs.get("fingerprint")
+        if path.suffix == ".parquet":
+            value = (pq.read_schema(path).metadata or {}).get(b"fingerprint")
+            return value.decode() if value else None
+        if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return header.get("__metadata__", {}).get("fingerprint")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} can't be read ({error}). It is damaged or not a result of this pipeline. Delete it and run again."
+        ) from error
+    raise ValueError(f"{path}: no fingerprint is kept in files that end in '{path.suffix}'.")

@@ -1,0 +1,59 @@
+"""Stage `tokens`: a corpus -> packed token ids, the mask of special tokens, and unigram counts."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import corpora, store
+from pipeline.hooks import read_geometry
+from pipeline.stage import Call, log, run
+
+AXES = {"token": "seq pos", "special": "seq pos", "unigram": "v"}
+
+
+def work(call: Call) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    settings, folder = call.settings, Path(call.settings["tokenizer"])
+    d_vocab = read_geometry(folder).d_vocab
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"The tokenizer in '{folder}' has no BOS token. Set `bos_token` in its tokenizer_config.json.")
+    tokens = _tokens(settings, tokenizer, d_vocab)
+    special = np.isin(tokens, tokenizer.all_special_ids)
+    unigram = np.bincount(tokens[~special], minlength=d_vocab)
+    shapes = {"token": (tokens.shape, "int32"), "special": (tokens.shape, "bool"), "unigram": (unigram.shape, "int64")}
+    with store.new_arrays(
+        call.output, call.fingerprint, AXES, shapes, **call.key, **settings, bos=tokenizer.bos_token_id
+    ) as file:
+        file["token"][:], file["special"][:], file["unigram"][:] = tokens, special, unigram
+    log.info("%s: %d contexts of %d tokens, %.1f %% special", settings["path"], *tokens.shape, 100 * special.mean())
+
+
+def _tokens(settings: dict, tokenizer, d_vocab: int) -> np.ndarray:
+    """Packed ids `seq pos`, as many contexts as asked for."""
+    path, context, wanted = Path(settings["path"]), settings["context"], settings["contexts"]
+    if path.suffix == ".npy":
+        tokens = corpora.ready_tokens(path, context, d_vocab)
+    else:
+        # The corpus is untrusted text: "<|endoftext|>" spelt out in it must not become a special token.
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+        ids = (
+            tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+            for text in corpora.documents(path, settings["column"])
+        )
+        tokens = corpora.pack(ids, context, tokenizer.bos_token_id, settings["prepend_bos"])
+    if len(tokens) < max(1, wanted or 1):
+        raise ValueError(
+            f"{path} gives {len(tokens)} contexts of {context} tokens, but {wanted or 'at least 1'} are wanted. "
+            "Use a longer text, a smaller `context`, or a smaller `contexts`."
+        )
+    return tokens[:wanted]
+
+
+def main() -> None:
+    run("tokens", work)
+
+
+if __name__ == "__main__":
+    main()

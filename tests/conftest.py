@@ -1,0 +1,73 @@
+"""Models for the tests: the demo's, and small random ones of several families, as `Weights`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import models
+from pipeline.decoder import Hooked, Lean, Weights
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo"
+SHARED = ROOT.parent / "shared"
+PLAIN = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def demo_weights() -> Weights:
+    return models.load_folder(DEMO / "model", PLAIN)
+
+
+@pytest.fixture(scope="session")
+def demo(demo_weights) -> Lean:
+    return Lean(demo_weights)
+
+
+def random_weights(seed: int = 0, **settings) -> Weights:
+    """A random decoder of 2 layers and width 16 as TransformerLens initialises it; `settings` change its family."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    plain = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 32, "n_ctx": 12, "d_vocab": 40}
+    plain |= {"act_fn": "gelu_new", "normalization_type": "LN", "seed": seed, "device": "cpu"}
+    model = HookedTransformer(HookedTransformerConfig.from_dict(plain | settings))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or ".b_" in name or name.endswith("b_U"):
+            parameter.data += 0.1 * torch.randn_like(parameter)  # biases of 0 and gains of 1 would hide mistakes
+        elif "W_pos" not in name:
+            parameter.data *= 4
+    return Weights(models._plain(model.cfg.to_dict()), models._parameters(model))
+
+
+FAMILIES = {
+    "gpt2": {},
+    "gpt2 folded": {"normalization_type": "LNPre"},
+    "pythia": {"positional_embedding_type": "rotary", "rotary_dim": 4, "parallel_attn_mlp": True, "act_fn": "gelu"},
+    "llama": {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 8,
+        "normalization_type": "RMS",
+        "gated_mlp": True,
+        "act_fn": "silu",
+        "n_key_value_heads": 1,
+        "final_rms": True,
+    },
+    "gemma-2": {
+        "positional_embedding_type": "rotary",
+        "rotary_dim": 8,
+        "normalization_type": "RMSPre",
+        "gated_mlp": True,
+        "act_fn": "gelu_pytorch_tanh",
+        "final_rms": True,
+        "output_logits_soft_cap": 3.0,
+        "attn_scores_soft_cap": 5.0,
+    },
+}
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def family(request) -> Hooked:
+    """Every family through the general decoder."""
+    return Hooked(random_weights(**FAMILIES[request.param]))

@@ -1,0 +1,44 @@
+"""Folders that look like a model, an SAE and a corpus as far as planning reads them, and a study of them."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HOOK = "blocks.1.hook_resid_pre"
+# Heads narrower than d_model / n_head, so that `hook_z` (8 wide) can't be taken for the residual stream (16 wide).
+SIZES = {"n_layer": 3, "n_embd": 16, "n_head": 2, "head_dim": 4, "n_positions": 32, "vocab_size": 50}
+
+
+def model(folder: Path, **sizes) -> str:
+    """A Hugging Face folder of the SIZES, changed by `sizes`; its weights are no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SIZES | sizes))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text("{}")
+    return str(folder)
+
+
+def sae(folder: Path, hook: str = HOOK, hook_out: str | None = None, kwargs: dict | None = None, **settings) -> str:
+    """A folder as sae_lens saves it; a transcoder where `hook_out` is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"hook_name": hook, "hook_name_out": hook_out, "model_from_pretrained_kwargs": kwargs or {}}
+    kind = {"architecture": "transcoder", "d_out": 16} if hook_out else {"architecture": "topk"}
+    cfg = {"d_in": 16, "d_sae": 64, "normalize_activations": "none", "metadata": metadata} | kind | settings
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    (folder / "sae_weights.safetensors").write_bytes(folder.name.encode())
+    return str(folder)
+
+
+def study(folder: Path) -> dict:
+    """A correct configuration: a model, a corpus, SAEs at two layers, an experiment with every kind of intervention."""
+    corpus = folder / "story.txt"
+    corpus.write_text("There was a king with twelve daughters.")
+    return {
+        "models": [{"id": "tiny", "path": model(folder / "tiny")}],
+        "corpora": [{"id": "story", "path": str(corpus), "context": 16}],
+        "saes": [
+            {"id": "early", "path": sae(folder / "early")},
+            {"id": "late", "path": sae(folder / "late", hook="blocks.2.hook_resid_pre")},
+        ],
+        "experiments": [{"id": "main", "interventions": ["identity", "sae", "eps_random", "zero", "mean"]}],
+    }

@@ -1,0 +1,35 @@
+"""An independent float64 evaluation, written to be obviously right: HookedTransformer in float64, a full forward pass
+with one hook per intervention, both log-softmaxes whole, KL and cross-entropy by their definitions."""
+
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from pipeline.decoder import Weights
+
+
+def reference_model(weights: Weights) -> HookedTransformer:
+    model = HookedTransformer(HookedTransformerConfig.from_dict(weights.settings | {"dtype": torch.float64}))
+    model.load_state_dict({name: tensor.double() for name, tensor in weights.state.items()}, strict=False)
+    return model.double().eval()
+
+
+@torch.inference_mode()
+def reference_activation(model, tokens: torch.Tensor, hook: str) -> torch.Tensor:
+    """The activation at a hook, `seq pos d` float64, heads side by side."""
+    return model.run_with_cache(tokens, names_filter=[hook])[1][hook].flatten(2)
+
+
+@torch.inference_mode()
+def reference_effects(model, tokens: torch.Tensor, hook: str, x_new: torch.Tensor, kept: torch.Tensor) -> dict:
+    """`kl`, `ce` (nats) and `top1_agrees`, `seq pos`, of do(activation at hook <- x_new) except where `kept`."""
+
+    def substitute(activation, hook):
+        new = x_new.double().view(activation.shape)
+        where = kept.view(*kept.shape, *[1] * (activation.dim() - 2))
+        return torch.where(where, activation, new)
+
+    clean = model(tokens).log_softmax(-1)
+    patched = model.run_with_hooks(tokens, fwd_hooks=[(hook, substitute)]).log_softmax(-1)
+    kl = (clean.exp() * (clean - patched)).sum(-1)
+    ce = -patched[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    return {"kl": kl, "ce": ce, "top1_agrees": clean.argmax(-1) == patched.argmax(-1)}

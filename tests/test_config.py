@@ -1,0 +1,309 @@
+"""A mistake in a configuration is a ValueError that says what was found, what was expected and what to do."""
+
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import yaml
+from fakes import ROOT, model, sae, study
+from jsonschema import Draft202012Validator
+
+from pipeline import config, fingerprint
+from pipeline.hooks import Hook
+
+
+def entry(kind, **values):
+    """A change of the first entry of a list of the configuration."""
+    return lambda c, folder: c[kind][0].update(values)
+
+
+def twice(kind):
+    return lambda c, folder: c[kind].append(deepcopy(c[kind][0]))
+
+
+def without(file):
+    return lambda c, folder: (folder / file).unlink()
+
+
+def first_sae(**settings):
+    return lambda c, folder: sae(folder / "early", **settings)
+
+
+def corpus_file(name, text):
+    def change(c, folder):
+        (folder / name).write_text(text)
+        c["corpora"][0]["path"] = str(folder / name)
+
+    return change
+
+
+def second_model(c, folder):
+    c["models"].append({"id": "other", "path": model(folder / "other")})
+
+
+def transcoder_into_a_narrower_place(c, folder):
+    sae(folder / "early", hook="blocks.1.ln2.hook_normalized", hook_out="blocks.1.attn.hook_z")
+
+
+UNPROCESSED = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
+# What is changed in a correct study, and the parts of the message, in order.
+BAD = {
+    # Keys and values.
+    "misspelt key": (
+        lambda c, folder: c.update(shard=2),
+        "top level: Unknown key 'shard' … Did you mean 'shards'? … Known: bootstrap",
+    ),
+    "misspelt key of an entry": (
+        entry("corpora", contxt=8),
+        "corpora[0]: Unknown key 'contxt' … Did you mean 'context'? … prepend_bos",
+    ),
+    "misspelt key of a setting": (
+        entry("models", processing={"fold_layernorm": True}),
+        "models[0].processing: Unknown key 'fold_layernorm' … Known: center_unembed, center_writing_weights, fold_ln",
+    ),
+    "two mistakes": (
+        lambda c, folder: (c.update(shards=0), c["saes"][0].pop("path")),
+        "saes[0]: the key 'path' is missing … shards: 0 is less",
+    ),
+    "missing key": (lambda c, folder: c["models"][0].pop("path"), "models[0]: the key 'path' is missing"),
+    "missing section": (lambda c, folder: c.pop("corpora"), "top level: the key 'corpora' is missing"),
+    "empty section": (lambda c, folder: c.update(saes=[]), "saes: []"),
+    "no shards": (lambda c, folder: c.update(shards=0), "shards: 0 is less than the minimum of 1 … Into how many jobs"),
+    "half a shard": (lambda c, folder: c.update(shards=1.5), "shards: found 1.5 (float) … expected integer"),
+    "contexts of one token": (entry("corpora", context=1), "corpora[0].context: 1 is less than the minimum of 2"),
+    "a number that YAML reads as text": (
+        lambda c, folder: c.update(yaml.safe_load("bootstrap: {confidence: 1e-4}")),
+        "bootstrap.confidence: found '1e-4' (str) … expected number",
+    ),
+    "one id for a list": (entry("experiments", saes="early"), "experiments[0].saes: 'early' … A list of ids, or `all`"),
+    "an intervention twice": (
+        entry("experiments", interventions=["sae", "sae"]),
+        "experiments[0].interventions … non-unique",
+    ),
+    # Ids.
+    "id that YAML reads as false": (
+        entry("saes", id=yaml.safe_load("no")),
+        "saes[0].id: found False (bool) … expected string",
+    ),
+    "id that YAML reads as a number": (
+        entry("saes", id=yaml.safe_load("7")),
+        "saes[0].id: found 7 (int) … expected string",
+    ),
+    "id that YAML reads as a date": (
+        entry("corpora", id=yaml.safe_load("2024-01-31")),
+        "corpora[0].id: found … 2024 … expected string",
+    ),
+    "two models of one id": (twice("models"), "models: the id 'tiny' is used twice … rename one"),
+    "two corpora of one id": (twice("corpora"), "corpora: the id 'story' is used twice … rename one"),
+    "two SAEs of one id": (twice("saes"), "saes: the id 'early' is used twice … rename one"),
+    "two experiments of one id": (twice("experiments"), "experiments: the id 'main' is used twice … rename one"),
+    # Names that refer to something.
+    "unknown intervention": (
+        entry("experiments", interventions=["eps_randon"]),
+        "Experiment 'main': Unknown intervention 'eps_randon' … mean 'eps_random'? Known: eps_random, identity,",
+    ),
+    "unknown SAE": (
+        entry("experiments", saes=["latte"]),
+        "Experiment 'main': Unknown SAE 'latte' … Did you mean 'late'? … Known: early, late",
+    ),
+    "unknown corpus": (
+        entry("experiments", corpora=["poem"]),
+        "Experiment 'main': Unknown corpus 'poem' … Known: story",
+    ),
+    "unknown model": (
+        entry("saes", model="tiney"),
+        "SAE 'early': Unknown model 'tiney' … Did you mean 'tiny'? … Known: tiny",
+    ),
+    "SAE of one of two models": (
+        second_model,
+        "SAE 'early': there are 2 models … say which one with `model`: tiny, other",
+    ),
+    # Files.
+    "no model there": (
+        entry("models", path="gone"),
+        "Model 'tiny': 'gone' does not exist … looked from / … Correct `path`",
+    ),
+    "no corpus there": (
+        entry("corpora", path="gone.txt"),
+        "Corpus 'story': 'gone.txt' does not exist … Correct `path`",
+    ),
+    "no SAE there": (entry("saes", path="gone"), "SAE 'early': 'gone' does not exist … Correct `path`"),
+    "model without safetensors": (
+        without("tiny/model.safetensors"),
+        "Model 'tiny' … holds no *.safetensors … Expected a Hugging Face folder",
+    ),
+    "model without tokenizer": (
+        without("tiny/tokenizer.json"),
+        "Model 'tiny' … holds no tokenizer.json … Expected a Hugging Face folder",
+    ),
+    "model without config": (
+        without("tiny/config.json"),
+        "Model 'tiny' … holds no config.json … Expected a Hugging Face folder",
+    ),
+    "SAE without weights": (
+        without("early/sae_weights.safetensors"),
+        "SAE 'early' … holds no sae_weights.safetensors … Expected a folder",
+    ),
+    "SAE without cfg": (
+        without("early/cfg.json"),
+        "SAE 'early' … holds no cfg.json … Expected a folder that sae_lens has saved",
+    ),
+    "empty corpus": (corpus_file("void.txt", ""), "Corpus 'story' … void.txt' is empty … at least one context"),
+    "corpus of unknown kind": (
+        corpus_file("a.csv", "x"),
+        "Corpus 'story' … ends in '.csv' … Known kinds of file: .txt, .jsonl, .parquet, .npy",
+    ),
+    # What does not fit together.
+    "contexts longer than the model's": (
+        entry("corpora", context=33),
+        "Corpus 'story': contexts of 33 tokens … model 'tiny' has positions for 32 … Lower `context`",
+    ),
+    "contexts longer than the second model's": (
+        lambda c, folder: (second_model(c, folder), model(folder / "other", n_positions=8)),
+        "contexts of 16 tokens … model 'other' has positions for 8",
+    ),
+    "unknown hook": (
+        first_sae(hook="blocks.1.hook_resid_pri"),
+        "SAE 'early' … cfg.json … Unknown hook 'blocks.1.hook_resid_pri' … mean 'blocks.N.hook_resid_pre'? … blocks.N.",
+    ),
+    "hook that is not of a block": (first_sae(hook="hook_embed"), "Unknown hook 'hook_embed' … Known: blocks.N."),
+    "hook that can only be read": (
+        first_sae(hook="blocks.1.ln2.hook_normalized"),
+        "SAE 'early' … Unknown hook 'blocks.1.ln2.hook_normalized'",
+    ),
+    "hook beyond the last layer": (
+        first_sae(hook="blocks.3.hook_resid_pre"),
+        "SAE 'early' … is at layer 3 … the model has layers 0 to 2",
+    ),
+    "SAE narrower than its hook": (
+        first_sae(d_in=12),
+        "SAE 'early' … d_in is 12 … 'blocks.1.hook_resid_pre' of model 'tiny' is 16 wide … trained on another model?",
+    ),
+    "SAE of heads as wide as the stream": (
+        first_sae(hook="blocks.1.attn.hook_z"),
+        "d_in is 16 … 'blocks.1.attn.hook_z' of model 'tiny' is 8 wide",
+    ),
+    "transcoder wider than where it writes": (
+        transcoder_into_a_narrower_place,
+        "SAE 'early' … d_out is 16 … 'blocks.1.attn.hook_z' … is 8 wide",
+    ),
+    "normalisation by a statistic": (
+        first_sae(normalize_activations="expected_average_only_in"),
+        "SAE 'early' … normalize_activations 'expected_average_only_in' can't be honoured … Fold it into the weights",
+    ),
+    "SAE trained with other weights": (
+        first_sae(kwargs={"fold_ln": True}),
+        "SAE 'early' … trained with fold_ln = True … is loaded with fold_ln = False … processing: {fold_ln: true}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "parts"), BAD.values(), ids=BAD)
+def test_a_mistake_is_refused_with_what_was_found_expected_and_what_to_do(tmp_path, change, parts):
+    wrong = study(tmp_path)
+    config.load(deepcopy(wrong))  # The mistake is the only one.
+    change(wrong, tmp_path)
+    with pytest.raises(ValueError) as caught:
+        config.load(wrong)
+    assert re.search(".*".join(map(re.escape, parts.split(" … "))), str(caught.value), re.DOTALL), caught.value
+
+
+@pytest.mark.parametrize("kind", ["models", "corpora", "saes", "experiments"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a..b", ".hidden", "a.", "-a", "a b", "a\n"], ids=repr)
+def test_an_id_that_is_no_good_file_name_is_refused(tmp_path, kind, name):
+    wrong = study(tmp_path)
+    wrong[kind][0]["id"] = name
+    with pytest.raises(ValueError, match=re.escape(f"{kind}[0].id: {name!r} can't be a name") + ".*Use letters"):
+        config.load(wrong)
+
+
+@pytest.mark.parametrize("key", ["architecture", "d_in", "d_sae"])
+def test_a_key_that_an_sae_lacks_is_named_with_its_file(tmp_path, key):
+    right = study(tmp_path)
+    cfg = tmp_path / "early" / "cfg.json"
+    described = json.loads(cfg.read_text())
+    del described[key]
+    cfg.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=rf"early.*cfg\.json.*{key}"):
+        config.load(right)
+
+
+@pytest.mark.parametrize("file", ["tiny/config.json", "early/cfg.json"])
+def test_a_file_that_is_no_json_is_named(tmp_path, file):
+    right = study(tmp_path)
+    (tmp_path / file).write_text("{")
+    with pytest.raises(ValueError, match=file):
+        config.load(right)
+
+
+def test_a_whole_number_with_a_point_is_the_whole_number(tmp_path):
+    loaded = config.load(study(tmp_path) | {"shards": 2.0, "seed": 3.0})
+    assert (repr(loaded.shards), repr(loaded.seed)) == ("2", "3")
+
+
+def test_what_is_left_out_gets_its_default(tmp_path):
+    loaded = config.load(study(tmp_path))
+    assert (loaded.seed, loaded.shards, dict(loaded.bootstrap)) == (0, 1, {"samples": 2000, "confidence": 0.95})
+    assert dict(loaded.models["tiny"].processing) == UNPROCESSED
+    corpus, experiment = loaded.corpora["story"], loaded.experiments["main"]
+    assert (corpus.column, corpus.context, corpus.contexts, corpus.prepend_bos) == ("text", 16, None, True)
+    assert (experiment.scope, experiment.patch_special) == ("all", False)
+    assert (experiment.saes, experiment.corpora) == (("early", "late"), ("story",))
+    assert loaded.saes["early"].model == "tiny"
+
+
+def test_what_is_given_is_kept(tmp_path):
+    given = study(tmp_path) | {"seed": 7, "bootstrap": {"samples": 500}}
+    given["models"][0]["processing"] = {"center_unembed": True}
+    given["experiments"][0] |= {"saes": ["late"], "patch_special": True}
+    loaded = config.load(given)
+    assert (loaded.seed, dict(loaded.bootstrap)) == (7, {"samples": 500, "confidence": 0.95})
+    assert dict(loaded.models["tiny"].processing) == UNPROCESSED | {"center_unembed": True}
+    assert (loaded.experiments["main"].saes, loaded.experiments["main"].patch_special) == (("late",), True)
+
+
+def test_a_transcoder_reads_at_one_hook_and_writes_at_another(tmp_path):
+    given = study(tmp_path)
+    sae(tmp_path / "early", hook="blocks.1.ln2.hook_normalized", hook_out="blocks.1.hook_mlp_out")
+    transcoder, plain = config.load(given).saes.values()
+    assert (transcoder.read, transcoder.write) == (Hook(1, "ln2.hook_normalized"), Hook(1, "hook_mlp_out"))
+    assert plain.read == plain.write == Hook(2, "hook_resid_pre")
+
+
+def test_the_callers_configuration_is_not_modified(tmp_path):
+    given = study(tmp_path)
+    before = deepcopy(given)
+    config.load(given)
+    assert given == before
+
+
+def test_the_configuration_of_this_repository_fits_the_schema():
+    filled = config.validate(yaml.safe_load((ROOT / "config.yaml").read_text()))
+    known = fingerprint.registered("interventions", "INTERVENTIONS")
+    assert {name for experiment in filled["experiments"] for name in experiment["interventions"]} <= set(known)
+
+
+def test_the_schema_lets_no_object_have_unknown_keys():
+    schema = yaml.safe_load(config.SCHEMA.read_text())
+    Draft202012Validator.check_schema(schema)
+    objects = [part for part in mappings(schema) if part.get("type") == "object"]
+    assert len(objects) >= 7
+    assert [part for part in objects if part.get("additionalProperties") is not False] == []
+
+
+def mappings(schema):
+    """Every mapping inside a schema, itself first."""
+    if isinstance(schema, dict):
+        yield schema
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from mappings(value)
+
+
+def test_planning_imports_nothing_heavy():
+    heavy = {"torch", "transformer_lens", "sae_lens", "seaborn"}
+    code = f"import sys, pipeline.config, pipeline.plan; print({heavy} & sys.modules.keys())"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"

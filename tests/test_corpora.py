@@ -1,0 +1,127 @@
+"""Texts come out of their files in order, and tokens go into full rows."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import corpora
+from pipeline.config import CORPUS_KINDS
+
+BOS = 0
+
+
+def packed(documents, context, prepend_bos):
+    return corpora.pack(iter(documents), context, BOS, prepend_bos)
+
+
+def joined(documents):
+    stream = []
+    for number, document in enumerate(documents):
+        stream += [BOS] * (number > 0) + document
+    return stream
+
+
+many = given(st.lists(st.lists(st.integers(1, 99), max_size=12), max_size=6), st.integers(2, 9))
+
+
+@settings(deadline=None, derandomize=True)
+@many
+def test_with_prepended_bos_every_row_starts_with_one_and_the_rest_is_the_stream(documents, context):
+    rows, stream = packed(documents, context, True), joined(documents)
+    assert (rows[:, 0] == BOS).all()
+    assert (rows.shape[1], rows.dtype) == (context, np.int32)
+    rest = rows[:, 1:].flatten().tolist()
+    assert rest == stream[: len(rest)]
+    assert len(stream) - len(rest) < context - 1
+
+
+@settings(deadline=None, derandomize=True)
+@many
+def test_without_it_the_rows_are_the_stream(documents, context):
+    rows, stream = packed(documents, context, False), joined(documents)
+    assert (rows.shape[1], rows.dtype) == (context, np.int32)
+    assert rows.flatten().tolist() == stream[: rows.size]
+    assert len(stream) - rows.size < context
+
+
+def test_two_documents_packed_by_hand():
+    assert packed([[1, 2, 3], [4, 5, 6]], 3, True).tolist() == [[0, 1, 2], [0, 3, 0], [0, 4, 5]]
+    assert packed([[1, 2, 3], [4, 5, 6]], 3, False).tolist() == [[1, 2, 3], [0, 4, 5]]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("Es war\n\neinmal ein König.\n", encoding="utf-8")
+    assert list(corpora.documents(tmp_path / "a.txt", "text")) == ["Es war\n\neinmal ein König.\n"]
+
+
+def test_a_jsonl_file_has_a_document_a_line_and_blank_lines_are_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"story": "one", "n": 1}\n\n{"n": 2, "story": "two\\nlines"}\n')
+    assert list(corpora.documents(tmp_path / "a.jsonl", "story")) == ["one", "two\nlines"]
+
+
+def test_a_jsonl_line_without_the_column_is_named_with_the_columns_it_has(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"texts": "two", "id": 2}\n')
+    message = r"a\.jsonl, line 3: Unknown column 'text'\. Did you mean 'texts'\? Known: id, texts\."
+    with pytest.raises(ValueError, match=message):
+        list(corpora.documents(tmp_path / "a.jsonl", "text"))
+
+
+@pytest.mark.parametrize("line", ['{"text": "tw', '["text"]', '"text"', '{"text": 2}'])
+def test_a_jsonl_line_that_holds_no_text_is_named(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
+        list(corpora.documents(tmp_path / "a.jsonl", "text"))
+
+
+def test_a_parquet_file_has_a_document_a_row_and_nulls_are_none(tmp_path):
+    table = pa.table({"n": [1, 2, 3, 4], "text": ["one", None, "", "four"]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    assert list(corpora.documents(tmp_path / "a.parquet", "text")) == ["one", "", "four"]
+
+
+def test_a_parquet_file_without_the_column_is_named_with_the_columns_it_has(tmp_path):
+    pq.write_table(pa.table({"content": ["one"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: Unknown column 'text'\..* Known: content, id\."):
+        list(corpora.documents(tmp_path / "a.parquet", "text"))
+
+
+def test_a_parquet_column_of_numbers_is_refused(tmp_path):
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet.*text"):
+        list(corpora.documents(tmp_path / "a.parquet", "text"))
+
+
+def test_the_kinds_of_file_that_a_configuration_may_name_are_those_that_can_be_read():
+    assert sorted(CORPUS_KINDS) == sorted([".npy", *(f".{kind}" for kind in corpora.READERS)])
+
+
+def test_ready_tokens_are_read_as_int32(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[0, 49], [3, 4]], np.uint16))
+    tokens = corpora.ready_tokens(tmp_path / "a.npy", 2, 50)
+    assert (tokens.tolist(), tokens.dtype) == ([[0, 49], [3, 4]], np.int32)
+
+
+READY = {
+    "one axis": (np.zeros(8, int), ["int64 of shape (8,)", "expected whole numbers of shape `[context, position]`"]),
+    "three axes": (np.zeros((2, 8, 1), int), ["int64 of shape (2, 8, 1)", "expected whole numbers"]),
+    "no whole numbers": (np.zeros((2, 8)), ["float64 of shape (2, 8)", "expected whole numbers"]),
+    "truth values": (np.zeros((2, 8), bool), ["bool of shape (2, 8)", "expected whole numbers"]),
+    "other context": (np.zeros((2, 9), int), ["contexts of 9 tokens, but `context` is 8", "Set it to 9"]),
+    "id beyond the vocabulary": (np.full((2, 8), 50), ["ids from 50 to 50", "vocabulary has 50 tokens"]),
+    "id beyond int32": (np.full((2, 8), 2**32), ["ids from 4294967296", "vocabulary has 50 tokens"]),
+    "negative id": (np.full((2, 8), -1), ["ids from -1 to -1", "vocabulary has 50 tokens"]),
+}
+
+
+@pytest.mark.parametrize(("tokens", "fragments"), READY.values(), ids=READY)
+def test_ready_tokens_that_do_not_fit_are_refused(tmp_path, tokens, fragments):
+    np.save(tmp_path / "ready.npy", tokens)
+    with pytest.raises(ValueError) as caught:
+        corpora.ready_tokens(tmp_path / "ready.npy", 8, 50)
+    message = str(caught.value)
+    assert [fragment for fragment in ["ready.npy", *fragments] if fragment not in message] == [], message

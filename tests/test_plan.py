@@ -1,0 +1,190 @@
+"""Which jobs a study has, and which of them another study makes again."""
+
+import json
+from copy import deepcopy
+
+import pytest
+from fakes import HOOK, sae, study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import config, fingerprint
+from pipeline.plan import Plan, shard_bounds
+
+AGGREGATES = {"summary", "figures", "report"}
+
+
+def plan(configuration):
+    return Plan(config.load(configuration))
+
+
+def of(stage, jobs):
+    return [job for job in jobs.values() if job.stage == stage]
+
+
+def changed_stages(before, after):
+    """The stages of which a job that both plans have is to be made again."""
+    shared = before.jobs.keys() & after.jobs.keys()
+    return {before[path].stage for path in shared if before[path].fingerprint != after[path].fingerprint}
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 300), st.integers(1, 16), st.data())
+def test_shards_hold_every_sequence_once_and_start_at_multiples_of_the_batch(sequences, batch, data):
+    count = data.draw(st.integers(1, -(-sequences // batch)))
+    bounds = [shard_bounds(sequences, f"{index}-of-{count}", batch) for index in range(count)]
+    assert [sequence for start, stop in bounds for sequence in range(start, stop)] == list(range(sequences))
+    assert all(start % batch == 0 and start < stop for start, stop in bounds)
+    batches = [-(-(stop - start) // batch) for start, stop in bounds]
+    assert max(batches) - min(batches) <= 1
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(0, 300), st.integers(1, 16), st.integers(1, 20))
+def test_more_shards_than_batches_are_refused(sequences, batch, surplus):
+    batches = -(-sequences // batch)
+    with pytest.raises(ValueError, match=f"too few for {batches + surplus} shards. Set `shards` to {batches} or less"):
+        shard_bounds(sequences, f"0-of-{batches + surplus}", batch)
+
+
+def test_every_input_is_a_job_of_the_plan_and_every_row_is_a_target(tmp_path):
+    made = plan(study(tmp_path) | {"shards": 2})
+    assert all(made[upstream.path] is upstream for job in made.jobs.values() for _, upstream in job.inputs)
+    targets = {job.path for job in made.targets}
+    rows = {job.path for job in made.jobs.values() if job.stage in ("effects", "reconstructions", "ablations")}
+    assert targets == rows | {made.report().path}
+    assert len(of("effects", made.jobs)) == len(of("ablations", made.jobs)) == 2 * 2
+
+
+def test_a_changed_seed_makes_again_only_what_draws_noise(tmp_path):
+    configuration = study(tmp_path)
+    configuration["experiments"].append({"id": "calm", "interventions": ["sae", "zero", "mean"]})
+    before, after = plan(configuration), plan(configuration | {"seed": 1})
+    assert changed_stages(before, after) == {"effects"} | AGGREGATES
+    effects = [path for path, job in before.jobs.items() if job.stage == "effects"]
+    again = {path for path in effects if before[path].fingerprint != after[path].fingerprint}
+    assert again == {path for path in effects if "/main/" in path}
+
+
+def test_another_number_of_shards_gives_other_files(tmp_path):
+    configuration = study(tmp_path)
+    one, two = plan(configuration).jobs, plan(configuration | {"shards": 2}).jobs
+    sharded = {path for path in one if "0-of-1" in path}
+    assert {one[path].stage for path in sharded} == {"clean", "activations", "reconstructions", "effects", "ablations"}
+    assert not sharded & two.keys()
+    assert {path.replace("0-of-1", "1-of-2") for path in sharded} <= two.keys()
+
+
+@pytest.mark.parametrize("hook", [HOOK, "blocks.0.attn.hook_z"], ids=["at a known hook", "at a new hook"])
+def test_another_sae_makes_nothing_again_but_the_summary_and_what_shows_it(tmp_path, hook):
+    configuration = study(tmp_path)
+    more = deepcopy(configuration)
+    path = sae(tmp_path / "third", hook=hook, d_in=16 if hook == HOOK else 8)
+    more["saes"].insert(0, {"id": "third", "path": path})
+    before, after = plan(configuration), plan(more)
+    assert before.jobs.keys() < after.jobs.keys()
+    assert changed_stages(before, after) == AGGREGATES
+    new = {after[path].stage for path in after.jobs.keys() - before.jobs.keys()}
+    assert new == {"reconstructions", "effects"} | (set() if hook == HOOK else {"activations", "moments", "ablations"})
+
+
+def test_another_experiment_makes_nothing_again_but_the_summary_and_what_shows_it(tmp_path):
+    configuration = study(tmp_path)
+    before = plan(configuration)
+    configuration["experiments"].append({"id": "more", "interventions": ["theta_random"], "saes": ["late"]})
+    assert changed_stages(before, plan(configuration)) == AGGREGATES
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        (lambda c, folder: sae(folder / "late", hook="blocks.2.hook_resid_pre", k=3), {"reconstructions", "effects"}),
+        (lambda c, folder: c["experiments"][0].update(patch_special=True), {"effects", "ablations"}),
+        (lambda c, folder: c.update(bootstrap={"samples": 100}), set()),
+        (
+            lambda c, folder: c["models"][0].update(processing={"center_unembed": True}),
+            {"weights", "clean", "activations", "moments", "reconstructions", "effects", "ablations"},
+        ),
+        (
+            lambda c, folder: c["corpora"][0].update(prepend_bos=False),
+            {"tokens", "clean", "activations", "moments", "reconstructions", "effects", "ablations"},
+        ),
+    ],
+    ids=["content of an SAE", "patched special tokens", "bootstrap", "processing", "packing"],
+)
+def test_a_change_makes_again_what_depends_on_it(tmp_path, change, stages):
+    configuration = study(tmp_path)
+    before = plan(configuration)
+    fingerprints = {path: job.fingerprint for path, job in before.jobs.items()}
+    change(configuration, tmp_path)
+    after = plan(configuration)
+    assert {
+        job.stage for path, job in after.jobs.items() if job.fingerprint != fingerprints[path]
+    } == stages | AGGREGATES
+
+
+def test_an_experiment_of_sae_interventions_alone_has_no_ablations(tmp_path):
+    configuration = study(tmp_path)
+    configuration["experiments"][0]["interventions"] = ["identity", "sae", "eps_random"]
+    jobs = plan(configuration).jobs
+    assert of("ablations", jobs) == []
+    assert [job.settings["interventions"] for job in of("effects", jobs)] == [["identity", "sae", "eps_random"]] * 2
+
+
+def test_an_experiment_without_sae_interventions_has_no_effects(tmp_path):
+    configuration = study(tmp_path)
+    configuration["experiments"][0]["interventions"] = ["zero", "mean"]
+    jobs = plan(configuration).jobs
+    assert [job.settings["interventions"] for job in of("ablations", jobs)] == [["zero", "mean"]] * 2
+    assert of("effects", jobs) == []
+
+
+def test_an_intervention_that_needs_no_sae_is_an_ablation_and_the_control_is_in_both(tmp_path):
+    jobs = plan(study(tmp_path)).jobs
+    assert {tuple(job.settings["interventions"]) for job in of("effects", jobs)} == {("identity", "sae", "eps_random")}
+    assert {tuple(job.settings["interventions"]) for job in of("ablations", jobs)} == {("identity", "zero", "mean")}
+
+
+def test_the_saes_of_a_hook_share_its_ablations(tmp_path):
+    configuration = study(tmp_path)
+    sae(tmp_path / "late")
+    assert len(of("ablations", plan(configuration).jobs)) == 1
+
+
+def test_only_the_mean_ablation_reads_the_moments(tmp_path):
+    configuration = study(tmp_path)
+    configuration["experiments"].append({"id": "calm", "interventions": ["zero"]})
+    roles = {
+        job.key["experiment"]: {role for role, _ in job.inputs} for job in of("ablations", plan(configuration).jobs)
+    }
+    assert roles["main"] - roles["calm"] == {"moments"}
+
+
+def test_two_plans_of_one_configuration_say_the_same(tmp_path):
+    configuration = study(tmp_path)
+    turned = json.loads(json.dumps(configuration), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    assert list(turned) != list(configuration)
+    one, two = plan(configuration).jobs, plan(turned).jobs
+    assert {path: job.json for path, job in one.items()} == {path: job.json for path, job in two.items()}
+
+
+def test_twice_the_jobs_read_no_more_code(tmp_path, monkeypatch):
+    parse, parsed = fingerprint.ast.parse, []
+    monkeypatch.setattr(
+        fingerprint.ast, "parse", lambda *given, **named: parsed.append(given) or parse(*given, **named)
+    )
+    counts = []
+    for shards in (1, 2):
+        parsed.clear()
+        jobs = plan(study(tmp_path) | {"shards": shards}).jobs
+        assert all(job.code for job in jobs.values())
+        counts.append(len(parsed))
+    assert counts[1] <= counts[0]
+
+
+def test_a_job_tells_its_stage_what_its_inputs_must_be(tmp_path):
+    jobs = plan(study(tmp_path)).jobs
+    for job in jobs.values():
+        told = json.loads(job.json)
+        assert told["inputs"] == [[role, jobs[upstream.path].fingerprint] for role, upstream in job.inputs]
+        assert (told["stage"], told["fingerprint"], told["code"]) == (job.stage, job.fingerprint, job.code)

@@ -1,0 +1,191 @@
+"""A file that exists is complete, says what it was made for, and is refused with advice where it is damaged."""
+
+import json
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import store
+
+AXES = {"activation": "seq pos d"}
+SHAPES = {"activation": (20, 4, 3)}
+TABLE = pa.table({"kl": pa.array([0.5, 1.0, 2.0], pa.float32()), "intervention": ["sae", "zero", "sae"]})
+
+
+def h5(path, fingerprint="f00d", **attributes):
+    with store.new_arrays(path, fingerprint, AXES, SHAPES, **attributes) as file:
+        file["activation"][:] = np.arange(240).reshape(20, 4, 3)
+    return path
+
+
+def parquet(path, fingerprint="f00d", groups=(TABLE,), **attributes):
+    store.write_table(path, groups, fingerprint, {"kl": "nats"}, **attributes)
+    return path
+
+
+def safetensors(path, fingerprint="f00d"):
+    header = json.dumps({"__metadata__": {"fingerprint": fingerprint}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path
+
+
+WRITERS = {"a.h5": h5, "a.parquet": parquet, "a.safetensors": safetensors}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_arrays_read_back_as_they_were_written(tmp_path):
+    axes, shapes = AXES | {"special": "seq pos"}, SHAPES | {"special": ((20, 4), "bool")}
+    with store.new_arrays(tmp_path / "a.h5", "f00d", axes, shapes, model="tiny", contexts=None) as file:
+        file["activation"][:], file["special"][:] = 0.5, True
+    with store.arrays(tmp_path / "a.h5", axes) as file:
+        x, special = file["activation"], file["special"]
+        assert (x.shape, x.dtype, x.chunks, special.dtype) == ((20, 4, 3), "float32", (store.CHUNK, 4, 3), "bool")
+        assert (x[:] == 0.5).all()
+        assert special[:].all()
+        assert (file.attrs["model"], file.attrs["contexts"]) == ("tiny", "null")
+
+
+def break_off(path):
+    with store.new_arrays(path, "beef", AXES, SHAPES) as file:
+        file["activation"][:] = 1
+        raise RuntimeError("out of luck")
+
+
+def test_a_block_that_raises_leaves_no_file(tmp_path):
+    with pytest.raises(RuntimeError, match="out of luck"):
+        break_off(tmp_path / "a.h5")
+    assert names(tmp_path) == []
+
+
+def test_a_block_that_raises_leaves_the_older_file_as_it_was(tmp_path):
+    before = h5(tmp_path / "a.h5").read_bytes()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        break_off(tmp_path / "a.h5")
+    assert (tmp_path / "a.h5").read_bytes() == before
+
+
+def test_the_file_appears_only_when_the_block_ends(tmp_path):
+    with store.new_arrays(tmp_path / "new" / "a.h5", "f00d", AXES, SHAPES):
+        assert not (tmp_path / "new" / "a.h5").exists()
+    assert names(tmp_path / "new") == ["a.h5"]
+
+
+def test_tables_that_break_off_leave_no_file(tmp_path):
+    def groups():
+        yield TABLE
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        parquet(tmp_path / "a.parquet", groups=groups())
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_job_left_of_the_same_file_is_swept_away(tmp_path):
+    for name in (".a.h5.dead.part", ".a.h5.beef.part", ".b.h5.dead.part"):
+        (tmp_path / name).write_text("half a file")
+    h5(tmp_path / "a.h5")
+    assert names(tmp_path) == [".b.h5.dead.part", "a.h5"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_fingerprint_reads_back(tmp_path, name):
+    assert store.read_fingerprint(WRITERS[name](tmp_path / name, "0123456789abcdef")) == "0123456789abcdef"
+
+
+def test_a_file_of_another_maker_has_no_fingerprint(tmp_path):
+    h5py.File(tmp_path / "a.h5", "w").close()
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    (tmp_path / "a.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert [store.read_fingerprint(tmp_path / name) for name in WRITERS] == [None] * 3
+
+
+def test_only_kinds_of_file_that_keep_a_fingerprint_are_asked_for_one(tmp_path):
+    with pytest.raises(ValueError, match=r"page\.html.*'\.html'"):
+        store.read_fingerprint(tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("kept", [0, 0.3, 0.9])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_truncated_file_is_named_with_the_advice_to_delete_it(tmp_path, name, kept):
+    path = WRITERS[name](tmp_path / name)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"{name}.*Delete it"):
+        store.read_fingerprint(path)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_of_nonsense_is_named_with_the_advice_to_delete_it(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=rf"{name}.*Delete it"):
+        store.read_fingerprint(tmp_path / name)
+
+
+def test_truncated_arrays_are_refused(tmp_path):
+    path = h5(tmp_path / "a.h5")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"a\.h5 can't be read.*Delete it"), store.arrays(path, AXES):
+        pass
+
+
+def test_arrays_with_other_axes_are_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"a\.h5: 'activation' has axes 'seq pos d', expected 'seq pos'\. Delete it"),
+        store.arrays(h5(tmp_path / "a.h5"), {"activation": "seq pos"}),
+    ):
+        pass
+
+
+def test_a_dataset_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"a\.h5 has no dataset 'x_hat', only activation\. Delete it"),
+        store.arrays(h5(tmp_path / "a.h5"), AXES | {"x_hat": "seq pos d"}),
+    ):
+        pass
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    free = store.HEADROOM + 20 * 4 * 3 * 4  # The headroom, and 20 * 4 * 3 values of 4 bytes.
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
+    (tmp_path / ".a.h5.dead.part").write_text("what could make room")
+    with pytest.raises(OSError, match=r"a\.h5 needs .* MiB, but its disk has 64 MiB left"):
+        h5(tmp_path / "a.h5")
+    assert names(tmp_path) == []
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert h5(tmp_path / "a.h5").exists()
+
+
+def test_a_full_disk_is_noticed_before_a_table_or_a_text_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=store.HEADROOM))
+    with pytest.raises(OSError, match="Free some space"):
+        parquet(tmp_path / "a.parquet")
+    with pytest.raises(OSError, match="Free some space"):
+        store.write_text(tmp_path / "a.html", "<p>")
+    assert names(tmp_path) == []
+
+
+def test_a_table_keeps_its_groups_units_and_attributes(tmp_path):
+    groups = [TABLE, TABLE.slice(1), TABLE.slice(2)]
+    path = parquet(tmp_path / "a.parquet", groups=groups, sae="late", draws=3, patch_special=False)
+    metadata, table = pq.read_metadata(path), pq.read_table(path)
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [3, 2, 1]
+    assert table.to_pydict() == pa.concat_tables(groups).to_pydict()
+    assert table.schema.field("kl").metadata[b"unit"] == b"nats"
+    assert b"unit" not in (table.schema.field("intervention").metadata or {})
+    assert store.table_attributes(path) == {"sae": "late", "draws": 3, "patch_special": False}
+
+
+def test_a_table_without_rows_is_a_table(tmp_path):
+    path = parquet(tmp_path / "a.parquet", groups=[TABLE.slice(3)])
+    assert (pq.read_table(path).num_rows, store.read_fingerprint(path)) == (0, "f00d")
+
+
+def test_text_is_written_as_utf8(tmp_path):
+    store.write_text(tmp_path / "a.html", "KL(p ‖ q)")
+    assert (tmp_path / "a.html").read_bytes() == "KL(p ‖ q)".encode()

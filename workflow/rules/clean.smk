@@ -1,0 +1,16 @@
+# The clean run of a model, stored once.
+rule clean:
+    input:
+        inputs("clean"),
+    output:
+        PATTERNS["clean"],
+    log:
+        "results/logs/clean/{model}/{corpus}/{shard}.log",
+    benchmark:
+        "results/benchmarks/clean/{model}/{corpus}/{shard}.tsv"
+    resources:
+        device="cpu",
+    params:
+        job=as_json("clean"),
+    shell:
+        "python -m pipeline.clean --job {params.job:q} --in {input:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"

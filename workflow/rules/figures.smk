@@ -1,0 +1,20 @@
+# One figure: picture and plotted data.
+rule figures:
+    input:
+        inputs("figures"),
+    output:
+        PATTERNS["figures"],
+        report(
+            "results/figures/{figure}.svg",
+            caption="../report/{figure}.rst",
+            category="Figures",
+        ),
+        "results/figures/{figure}.png",
+    log:
+        "results/logs/figures/{figure}.log",
+    benchmark:
+        "results/benchmarks/figures/{figure}.tsv"
+    params:
+        job=as_json("figures"),
+    shell:
+        "python -m pipeline.figures --job {params.job:q} --in {input:q} --out {output:q} > {log:q} 2>&1"

@@ -1,0 +1,14 @@
+# Mean and covariance of the activations at a hook.
+rule moments:
+    input:
+        inputs("moments"),
+    output:
+        PATTERNS["moments"],
+    log:
+        "results/logs/moments/{model}/{corpus}/{hook}.log",
+    benchmark:
+        "results/benchmarks/moments/{model}/{corpus}/{hook}.tsv"
+    params:
+        job=as_json("moments"),
+    shell:
+        "python -m pipeline.moments --job {params.job:q} --in {input:q} --out {output:q} > {log:q} 2>&1"

@@ -1,0 +1,15 @@
+# The page for readers.
+rule report:
+    input:
+        inputs("report"),
+    output:
+        PATTERNS["report"],
+        "results/headline.txt",
+    log:
+        "results/logs/report/report.log",
+    benchmark:
+        "results/benchmarks/report/report.tsv"
+    params:
+        job=as_json("report"),
+    shell:
+        "python -m pipeline.report --job {params.job:q} --in {input:q} --out {output:q} > {log:q} 2>&1"

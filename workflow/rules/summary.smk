@@ -1,0 +1,15 @@
+# Means, quantiles and ratios with intervals.
+rule summary:
+    input:
+        inputs("summary"),
+    output:
+        PATTERNS["summary"],
+        "results/summary/saes.parquet",
+    log:
+        "results/logs/summary/summary.log",
+    benchmark:
+        "results/benchmarks/summary/summary.tsv"
+    params:
+        job=as_json("summary"),
+    shell:
+        "python -m pipeline.summary --job {params.job:q} --in {input:q} --out {output:q} > {log:q} 2>&1"

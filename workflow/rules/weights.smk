@@ -1,0 +1,12 @@
+# A model's weights, processed once.
+rule weights:
+    output:
+        PATTERNS["weights"],
+    log:
+        "results/logs/weights/{model}.log",
+    benchmark:
+        "results/benchmarks/weights/{model}.tsv"
+    params:
+        job=as_json("weights"),
+    shell:
+        "python -m pipeline.weights --job {params.job:q} --out {output:q} > {log:q} 2>&1"
