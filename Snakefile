@@ -22,7 +22,8 @@ include: "workflow/rules/report.smk"
 
 
 onsuccess:
-    print(f"\nReport: {REPORT.resolve()}\n{HEADLINE.read_text()}")
+    if HEADLINE.exists():
+        print(f"\nReport: {REPORT.resolve()}\n{HEADLINE.read_text()}")
 
 
 # The items are listed beside the report: one that is lost or stale is made again even where the report looks finished.

@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline import decoder, engine, models, store
+from pipeline import batches, decoder, models, store
 from pipeline.plan import shard_bounds
 from pipeline.stage import Call, log, run
 
@@ -15,15 +15,15 @@ def work(call: Call) -> None:
     model = decoder.decoder(weights)
     hook = decoder.hook_of(call.key["hook"], weights)
     with store.arrays(call.input("tokens"), {"token": "seq pos"}) as tokens:
-        start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], engine.BATCH)
+        start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], batches.BATCH)
 
         def read(first: int, last: int) -> dict[str, torch.Tensor]:
-            rows = engine.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
+            rows = batches.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
             return checked(first, hook.name, *model.read(rows, hook))
 
         shapes = {name: (stop - start, *value.shape[1:]) for name, value in read(0, 1).items()}
         with store.new_arrays(call.output, call.fingerprint, AXES, shapes, **call.key, first=start) as file:
-            for first, last in engine.ranges(start, stop):
+            for first, last in batches.ranges(start, stop):
                 for name, value in read(first, last).items():
                     file[name][first - start : last - start] = value[: last - first].cpu().numpy()
     log.info(

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline import decoder, engine, models, store
+from pipeline import batches, decoder, engine, models, store
 from pipeline.plan import shard_bounds
 from pipeline.stage import Call, log, run
 
@@ -15,7 +15,7 @@ def work(call: Call) -> None:
     weights = models.load(call.input("weights"), call.device)
     model = decoder.decoder(weights)
     with store.arrays(call.input("tokens"), {"token": "seq pos"}) as tokens:
-        start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], engine.BATCH)
+        start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], batches.BATCH)
         shape = (stop - start, tokens["token"].shape[1])
         shapes = {
             "final": (*shape, weights.settings["d_model"]),
@@ -27,8 +27,8 @@ def work(call: Call) -> None:
         with store.new_arrays(
             call.output, call.fingerprint, AXES, shapes, **call.key, first=start, unit="nats"
         ) as file:
-            for first, last in engine.ranges(start, stop):
-                batch = engine.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
+            for first, last in batches.ranges(start, stop):
+                batch = batches.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
                 values = engine.clean_values(model, batch)
                 for name, value in values.items():
                     file[name][first - start : last - start] = value[: last - first].cpu().numpy()

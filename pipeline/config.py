@@ -1,7 +1,7 @@
 """config.yaml -> a checked Study. Everything that can be wrong in it is found here, before any job starts or model
 loads."""
 
-import json
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +10,7 @@ import yaml
 from jsonschema import Draft202012Validator, validators
 
 from pipeline import fingerprint
-from pipeline.hooks import READ_SITES, WRITE_SITES, Geometry, Hook, parse_hook, read_geometry
+from pipeline.hooks import READ_SITES, WRITE_SITES, Geometry, Hook, parse_hook, read_geometry, read_json
 from pipeline.registry import unknown
 
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
@@ -89,7 +89,7 @@ def load(config: dict) -> Study:
 def validate(config: dict) -> dict:
     """A copy of the configuration with the schema's defaults filled in. ValueError lists everything that breaks the
     schema."""
-    config = json.loads(json.dumps(config))
+    config = deepcopy(config)
     validator = _filling_defaults(Draft202012Validator)(yaml.safe_load(SCHEMA.read_text()))
     errors = sorted(validator.iter_errors(config), key=lambda error: list(map(str, error.absolute_path)))
     if errors:
@@ -104,10 +104,12 @@ def _filling_defaults(validator):
         if isinstance(instance, dict):
             for name, part in schema.items():
                 if "default" in part:
-                    instance.setdefault(name, json.loads(json.dumps(part["default"])))
+                    instance.setdefault(name, deepcopy(part["default"]))
         yield from check_properties(checker, schema, instance, whole)
 
-    return validators.extend(validator, {"properties": properties})
+    # JSON Schema takes 2.0 for an integer; a seed of 2.0 would be another seed than 2.
+    types = validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return validators.extend(validator, {"properties": properties}, type_checker=types)
 
 
 def _explain(error) -> str:
@@ -124,7 +126,8 @@ def _explain(error) -> str:
         allowed = "letters, digits, and single '.', '_', '+' or '-' between them"
         return f"{place}: {found!r} can't be a name, because it becomes part of file names. Use {allowed}."
     if error.validator == "type":
-        return f"{place}: found {found!r} ({type(found).__name__}), expected {error.validator_value}."
+        hint = " Put it in quotes." if error.validator_value == "string" else ""
+        return f"{place}: found {found!r} ({type(found).__name__}), expected {error.validator_value}.{hint}"
     return f"{place}: {error.message}. {error.schema.get('description', '')}".rstrip()
 
 
@@ -192,7 +195,12 @@ def _sae(entry: dict, models: MappingProxyType) -> Sae:
 def _described(name: str, folder: Path, model: Model) -> Sae:
     """The SAE that a cfg.json of sae_lens describes, checked against the model it is used on."""
     what = f"SAE '{name}' ({folder / 'cfg.json'})"
-    settings = json.loads((folder / "cfg.json").read_text())
+    settings = read_json(folder / "cfg.json")
+    missing = [key for key in ("architecture", "d_in", "d_sae") if key not in settings]
+    if missing:
+        raise ValueError(
+            f"{what} has no {', '.join(map(repr, missing))}. Expected what sae_lens writes; save the SAE again."
+        )
     metadata = settings.get("metadata", {})
     transcoder = "transcoder" in settings["architecture"]
     hooks = {
@@ -205,9 +213,9 @@ def _described(name: str, folder: Path, model: Model) -> Sae:
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
         width, key = hooks[role].width(model.geometry), "d_out" if transcoder and role == "write" else "d_in"
-        if settings[key] != width:
+        if settings.get(key) != width:
             raise ValueError(
-                f"{what}: {key} is {settings[key]}, but '{hooks[role].name}' of model "
+                f"{what}: {key} is {settings.get(key)}, but '{hooks[role].name}' of model "
                 f"'{model.id}' is {width} wide. Was it trained on another model?"
             )
     mode = settings.get("normalize_activations", "none")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.registry import Registry, unknown
@@ -20,14 +21,30 @@ def txt(path: Path, column: str) -> Iterator[str]:
 
 @READERS.register
 def jsonl(path: Path, column: str) -> Iterator[str]:
-    """One document a line, in the field `column` of a JSON object."""
+    """One document a line, in the field `column` of a JSON object; nulls are left out."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                row = json.loads(line)
-                if column not in row:
-                    raise ValueError(f"{path}, line {number}: " + unknown("column", column, row))
-                yield row[column]
+                yield from _text(_row(line, f"{path}, line {number}"), column, f"{path}, line {number}")
+
+
+def _row(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: found a JSON {type(row).__name__}, expected an object with the column of texts.")
+    return row
+
+
+def _text(row: dict, column: str, place: str) -> list[str]:
+    """The text of a row in a list, or an empty list where it is null."""
+    if column not in row:
+        raise ValueError(f"{place}: " + unknown("column", column, row))
+    if not isinstance(row[column], str | None):
+        raise ValueError(f"{place}: '{column}' holds {row[column]!r}, expected text.")
+    return [] if row[column] is None else [row[column]]
 
 
 @READERS.register
@@ -36,6 +53,9 @@ def parquet(path: Path, column: str) -> Iterator[str]:
     file = pq.ParquetFile(path)
     if column not in file.schema_arrow.names:
         raise ValueError(f"{path}: " + unknown("column", column, file.schema_arrow.names))
+    kind = file.schema_arrow.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"{path}: the column '{column}' holds {kind}, expected text.")
     for batch in file.iter_batches(columns=[column]):
         yield from (text for text in batch.column(0).to_pylist() if text is not None)
 

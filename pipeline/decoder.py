@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.hooks import Hook, parse_hook
+from pipeline.models import Weights
 from pipeline.types import Acts, Hidden, Logits, Residual, Tokens
 
 ACTIVATIONS = {
@@ -28,21 +29,6 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
 }
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What `weights` stores: TransformerLens's configuration as plain values, and its state dict."""
-
-    settings: dict
-    state: dict[str, Tensor]
-
-    @property
-    def layers(self) -> int:
-        return self.settings["n_layers"]
-
-    def to(self, device: str) -> "Weights":
-        return Weights(self.settings, {name: tensor.to(device) for name, tensor in self.state.items()})
 
 
 def decoder(weights: Weights) -> "Lean | Hooked":

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline import decoder, engine, models, store
+from pipeline import batches, decoder, engine, models, store
 from pipeline.interventions import INTERVENTIONS, standard_normal
 from pipeline.plan import shard_bounds
 from pipeline.stage import Call, log, run
@@ -53,7 +53,7 @@ def measure(call: Call, files: dict[str, h5py.File], hook: str) -> dict[str, np.
         values = substitution.effects(batch, x_news)
         parts.append({name: value[:, : batch.count].cpu().numpy() for name, value in values.items()})
         if len(parts) % 16 == 0:
-            log.info("%d of %d sequences", len(parts) * engine.BATCH, len(files["clean"]["ce"]))
+            log.info("%d of %d sequences", len(parts) * batches.BATCH, len(files["clean"]["ce"]))
     values = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
     for name, kl in zip(call.settings["interventions"], values["kl"], strict=True):
         log.info("%s: mean KL %.6g nats", name, kl.mean(dtype=np.float64))
@@ -76,20 +76,20 @@ def maker(call: Call, name: str, files: dict[str, h5py.File]) -> Callable[[engin
 
 
 def _noise(seed: int, name: str, batch: engine.Batch) -> Acts:
-    sequences = [batch.first + min(i, batch.count - 1) for i in range(engine.BATCH)]
+    sequences = [batch.first + min(i, batch.count - 1) for i in range(batches.BATCH)]
     return torch.stack([standard_normal(seed, name, sequence, 0, batch.x.shape[1:]) for sequence in sequences]).to(
         batch.x
     )
 
 
 def _rows(dataset: h5py.Dataset, first: int, last: int, device: str) -> torch.Tensor:
-    return engine.filled(torch.from_numpy(dataset[first:last]).to(device))
+    return batches.filled(torch.from_numpy(dataset[first:last]).to(device))
 
 
 def _batches(call: Call, files: dict[str, h5py.File]) -> Iterator[engine.Batch]:
     tokens, x = files["tokens"], files["activations"]
-    start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], engine.BATCH)
-    for first, last in engine.ranges(start, stop):
+    start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], batches.BATCH)
+    for first, last in batches.ranges(start, stop):
         special = _rows(tokens["special"], first, last, call.device)
         place = (first - start, last - start, call.device)
         yield engine.Batch(

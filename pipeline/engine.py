@@ -1,10 +1,6 @@
-"""Substitution: micro-batches of sequences through the rest of the model, with the activation replaced.
+"""Substitution: micro-batches of sequences through the rest of the model, with the activation replaced."""
 
-Every batch has exactly BATCH sequences (the last one is filled up with its own first sequence), and shards start at
-multiples of it, so that a token's numbers are the same bits whatever the number of shards.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +9,7 @@ from torch import Tensor
 from pipeline import metrics
 from pipeline.decoder import Hooked, Lean
 from pipeline.hooks import Hook
-from pipeline.store import CHUNK
 from pipeline.types import Acts, Mask, Residual, Tokens
-
-BATCH = CHUNK
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: BATCH sequences, of which the first `count` are real and the rest filling."""
+    """One micro-batch: batches.BATCH sequences, of which the first `count` are real and the rest filling."""
 
     first: int
     count: int
@@ -59,17 +52,6 @@ class Batch:
     x: Acts
     stream: Residual | None
     final: Residual
-
-
-def ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """(first, last+1) sequence of each micro-batch between two sequences."""
-    for first in range(start, stop, BATCH):
-        yield first, min(first + BATCH, stop)
-
-
-def filled(rows: Tensor) -> Tensor:
-    """Rows of a micro-batch, filled up to BATCH with copies of the first."""
-    return torch.cat([rows, rows[:1].expand(BATCH - len(rows), *rows.shape[1:])]) if len(rows) < BATCH else rows
 
 
 def next_tokens(tokens: Tokens) -> Tokens:

@@ -60,6 +60,17 @@ def parse_hook(name: str, n_layers: int, sites: tuple[str, ...] = READ_SITES) ->
     return Hook(int(match[1]), match[2])
 
 
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. ValueError names the file where it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value
+
+
 # The names under which Hugging Face configurations keep the same number.
 _GEOMETRY_KEYS = {
     "n_layers": ("num_hidden_layers", "n_layer"),
@@ -72,7 +83,7 @@ _GEOMETRY_KEYS = {
 
 def read_geometry(folder: Path) -> Geometry:
     """Sizes of the model in a local Hugging Face folder, from its config.json. ValueError where one is missing."""
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_json(folder / "config.json")
     sizes = {}
     for size, keys in _GEOMETRY_KEYS.items():
         values = [settings[key] for key in keys if key in settings]

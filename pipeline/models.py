@@ -2,13 +2,24 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.decoder import Weights
+
+@dataclass(frozen=True)
+class Weights:
+    """What `weights` stores: TransformerLens's configuration as plain values, and its state dict."""
+
+    settings: dict
+    state: dict[str, torch.Tensor]
+
+    @property
+    def layers(self) -> int:
+        return self.settings["n_layers"]
 
 
 def load_folder(folder: Path, processing: Mapping[str, bool]) -> Weights:

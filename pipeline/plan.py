@@ -6,7 +6,7 @@ the tests alike. A job is handed to its stage as one JSON string, which is also 
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 
 from pipeline import fingerprint
@@ -37,16 +37,13 @@ class Job:
     stage: str
     key: dict[str, str]
     settings: dict
+    code: str
     inputs: tuple[tuple[str, "Job"], ...] = ()
     names: frozenset[str] = frozenset()
 
     @property
     def path(self) -> str:
         return PATTERNS[self.stage].format(**self.key)
-
-    @cached_property
-    def code(self) -> str:
-        return fingerprint.code_digest(self.stage, self.names)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,6 +67,8 @@ class Plan:
         self.interventions = fingerprint.registered("interventions", "INTERVENTIONS")
         self.figures = fingerprint.registered("figures", "FIGURES")
         self._made: dict[tuple, Job] = {}
+        # Files and source are read once per plan, however many jobs depend on them.
+        self._content, self._code = cache(fingerprint.file_digest), cache(fingerprint.code_digest)
         self.targets = self._targets()
         self.jobs = {job.path: job for job in self._made.values()}
 
@@ -89,7 +88,8 @@ class Plan:
         """The job of that stage and key; made once, so that jobs that share an input share its fingerprint's work."""
         place = (stage, *key.values())
         if place not in self._made:
-            self._made[place] = Job(stage, key, settings, tuple(inputs), frozenset(names))
+            code = self._code(stage, frozenset(names))
+            self._made[place] = Job(stage, key, settings, code, tuple(inputs), frozenset(names))
         return self._made[place]
 
     # One method per stage, in the order of the data flow.
@@ -99,8 +99,8 @@ class Plan:
         settings = {
             "path": str(entry.path),
             "tokenizer": str(folder),
-            "content": fingerprint.file_digest(entry.path),
-            "tokenizer_content": fingerprint.file_digest(folder / "tokenizer.json"),
+            "content": self._content(entry.path),
+            "tokenizer_content": self._content(folder / "tokenizer.json"),
         }
         settings |= {name: getattr(entry, name) for name in ("column", "context", "contexts", "prepend_bos")}
         return self._make(
@@ -111,7 +111,7 @@ class Plan:
         entry = self.study.models[model]
         settings = {
             "path": str(entry.path),
-            "content": fingerprint.file_digest(entry.path),
+            "content": self._content(entry.path),
             "processing": dict(entry.processing),
         }
         return self._make("weights", {"model": model}, settings, [])
@@ -135,12 +135,12 @@ class Plan:
         inputs = [("read", self.activations(sae.model, corpus, sae.read, shard))]
         inputs += [("write", self.activations(sae.model, corpus, sae.write, shard))]
         inputs += [("tokens", self.tokens(sae.model, corpus))]
-        settings = {"path": str(sae.path), "content": fingerprint.file_digest(sae.path), "model": sae.model}
+        settings = {"path": str(sae.path), "content": self._content(sae.path), "model": sae.model}
         settings |= {"read": sae.read.name, "write": sae.write.name}
         return self._make("reconstructions", {"sae": sae.id, "corpus": corpus, "shard": shard}, settings, inputs)
 
     def effects(self, experiment: Experiment, sae: Sae, corpus: str, shard: str) -> Job:
-        names = [name for name in experiment.interventions if name == CONTROL or self._needs(name, "x_hat")]
+        names = self._sae_names(experiment)
         inputs = self._patching_inputs(sae.model, corpus, sae.write, shard)
         inputs += [("reconstructions", self.reconstructions(sae, corpus, shard))]
         key = {"experiment": experiment.id, "sae": sae.id, "corpus": corpus, "shard": shard}
@@ -165,11 +165,12 @@ class Plan:
     def figure(self, figure: str) -> Job:
         inputs = [("summary", self.summary())]
         if "effects" in self.figures[figure]:
-            inputs += [("effects", job) for job in self._rows() if job.stage == "effects"]
+            inputs += [("effects", job) for job in self._effects()]
         return self._make("figures", {"figure": figure}, {}, inputs, [figure])
 
     def report(self) -> Job:
-        inputs = [("summary", self.summary()), *(("figures", self.figure(figure)) for figure in self.figures)]
+        figures = [name for name, needs in self.figures.items() if self._effects() or "effects" not in needs]
+        inputs = [("summary", self.summary()), *(("figures", self.figure(figure)) for figure in figures)]
         study = self.study
         settings = {
             "seed": study.seed,
@@ -186,6 +187,11 @@ class Plan:
 
     def _needs(self, intervention: str, argument: str) -> bool:
         return argument in self.interventions[intervention]
+
+    def _sae_names(self, experiment: Experiment) -> list[str]:
+        """The experiment's interventions that need an SAE, with the control; none where only the control is left."""
+        names = [name for name in experiment.interventions if name == CONTROL or self._needs(name, "x_hat")]
+        return names if set(names) - {CONTROL} else []
 
     def _ablation_names(self, experiment: Experiment) -> list[str]:
         """The experiment's interventions that need no SAE, with the control; none where only the control is left."""
@@ -212,12 +218,16 @@ class Plan:
         for experiment in self.study.experiments.values():
             saes = [self.study.saes[sae] for sae in experiment.saes]
             for sae, corpus, shard in product(saes, experiment.corpora, self.shards):
-                effects = self.effects(experiment, sae, corpus, shard)
-                rows |= {job.path: job for job in (effects, self.reconstructions(sae, corpus, shard))}
+                made = []
+                if self._sae_names(experiment):
+                    made += [self.effects(experiment, sae, corpus, shard), self.reconstructions(sae, corpus, shard)]
                 if self._ablation_names(experiment):
-                    ablations = self.ablations(experiment, sae.model, corpus, sae.write, shard)
-                    rows[ablations.path] = ablations
+                    made += [self.ablations(experiment, sae.model, corpus, sae.write, shard)]
+                rows |= {job.path: job for job in made}
         return list(rows.values())
+
+    def _effects(self) -> list[Job]:
+        return [job for job in self._rows() if job.stage == "effects"]
 
     def _sae_corpora(self) -> list[tuple[Sae, str]]:
         experiments = self.study.experiments.values()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import engine, saes, store
+from pipeline import batches, saes, store
 from pipeline.stage import Call, log, run
 from pipeline.types import Acts
 
@@ -47,9 +47,9 @@ def work(call: Call) -> None:
             | {"first": first, "architecture": sae.module.cfg.architecture(), "d_in": x_in.shape[2]}
         )
         with store.new_arrays(call.output, call.fingerprint, AXES, shapes, **attributes) as file:
-            for start, stop in engine.ranges(0, len(x_in)):
-                x = engine.filled(torch.from_numpy(x_out[start:stop]).to(call.device))
-                made = sae(engine.filled(torch.from_numpy(x_in[start:stop]).to(call.device)))
+            for start, stop in batches.ranges(0, len(x_in)):
+                x = batches.filled(torch.from_numpy(x_out[start:stop]).to(call.device))
+                made = sae(batches.filled(torch.from_numpy(x_in[start:stop]).to(call.device)))
                 _check(made.x_hat, x, call, first + start)
                 counts += (made.features[: stop - start][ordinary[start:stop]] != 0).sum(0)
                 for name, value in {"x_hat": made.x_hat, **per_token(x, made.x_hat, made.features)}.items():
@@ -70,7 +70,7 @@ def _ordinary(call: Call, start: int, stop: int) -> Tensor:
         return ~torch.from_numpy(tokens["special"][start:stop]).to(call.device)
 
 
-def _check(x_hat: Acts, x: Acts, call: Call, first: int) -> None:
+def _check(x_hat: Tensor, x: Tensor, call: Call, first: int) -> None:
     if x_hat.shape != x.shape:
         raise ValueError(
             f"SAE '{call.key['sae']}' gives {list(x_hat.shape)}, but '{call.settings['write']}' holds {list(x.shape)}."

@@ -39,32 +39,34 @@ SAE_COLUMNS = {
 }
 
 
-def headline(effects: pl.DataFrame) -> str:
-    """The result in one or two sentences, from the KL ratios of `sae` to `eps_random` over ordinary tokens."""
-    rows = effects.filter(
-        pl.col("intervention") == "sae", pl.col("tokens") == "ordinary", pl.col("kl_ratio").is_not_null()
-    )
+def headline(effects: pl.DataFrame, confidence: str = "95 %") -> str:
+    """The result in two sentences, from the KL ratios of `sae` to `eps_random` over ordinary tokens."""
+    rows = effects.filter(pl.col("intervention") == "sae", pl.col("tokens") == "ordinary")
+    rows = rows.filter(pl.col("kl_ratio").is_not_null()).sort("kl_ratio")
     if rows.is_empty():
         return "No experiment ran both 'sae' and 'eps_random', so there is no KL ratio to report."
-    rows = rows.sort("kl_ratio")
-    least, most = rows.row(0, named=True), rows.row(-1, named=True)
-    above = rows.filter(pl.col("kl_ratio_low") > 1).height
-    below = rows.filter(pl.col("kl_ratio_high") < 1).height
-    middle = rows["kl_ratio"].median()
-    compared = "more than" if above > below else "less than" if below > above else "about as much as"
-    count = max(above, below) if above != below else rows.height - above - below
+    counts = {
+        "more than": rows.filter(pl.col("kl_ratio_low") > 1).height,
+        "less than": rows.filter(pl.col("kl_ratio_high") < 1).height,
+        "about as much as": rows.filter(pl.col("kl_ratio_low") <= 1, pl.col("kl_ratio_high") >= 1).height,
+    }
+    unknown = rows.height - sum(counts.values())
+    (first, number), *others = sorted(counts.items(), key=lambda item: -item[1])
+    noun = "SAE" if rows["sae"].n_unique() == rows.height else "evaluation"
+    rest = [f"{words.removesuffix(' than').removesuffix(' as')} for {n}" for words, n in others if n]
+    rest += [f"without an interval for {unknown}"] if unknown else []
     text = (
-        "Substituting the SAE's reconstruction changes the next-token distribution "
-        f"{compared} a random vector at the same distance"
-        f" for {count} of {rows.height} {'SAE' if rows.height == 1 else 'SAEs'} (95 % "
-        f"intervals): the KL ratio is {_interval(most, 'kl_ratio')}"
+        f"Substituting the SAE's reconstruction changes the next-token distribution {first} a random vector at the "
+        f"same distance for {number} of {rows.height} {noun}{'s' if rows.height > 1 else ''}"
+        f"{''.join(', ' + words for words in rest)} ({confidence} intervals)."
     )
-    if rows.height > 1:
-        return (
-            text + f" at most ({most['sae']}), {middle:.2f} in the median and "
-            f"{_interval(least, 'kl_ratio')} at least ({least['sae']})."
-        )
-    return text + f" ({most['sae']})."
+    least, most = rows.row(0, named=True), rows.row(-1, named=True)
+    if rows.height == 1:
+        return f"{text} The KL ratio is {_interval(most, 'kl_ratio')} ({most['sae']})."
+    return (
+        f"{text} The KL ratio goes from {_interval(least, 'kl_ratio')} ({least['sae']}) to "
+        f"{_interval(most, 'kl_ratio')} ({most['sae']}), with a median of {_number(rows['kl_ratio'].median())}."
+    )
 
 
 def _interval(row: dict, column: str) -> str:
@@ -98,18 +100,19 @@ def work(call: Call) -> None:
     path = call.input("summary")
     summary, saes = pl.read_parquet(path), pl.read_parquet(path.with_name("saes.parquet"))
     page, line = call.outputs
-    text = headline(summary)
+    confidence = f"{100 * call.settings['bootstrap']['confidence']:g} %"
+    text = headline(summary, confidence)
     rows = summary.filter(pl.col("tokens") == "ordinary", pl.col("intervention") != "identity")
     content = {
         "headline": text,
         "figures": [_figure(path) for path in call.inputs["figures"]],
         "columns": COLUMNS,
-        "rows": rows.sort("layer", "hook", "sae", nulls_last=True).rows(named=True),
+        "rows": rows.sort("layer", "hook", maintain_order=True).rows(named=True),
         "sae_columns": SAE_COLUMNS,
-        "saes": saes.sort("layer", "sae").rows(named=True),
+        "saes": sorted(saes.rows(named=True), key=lambda row: row["layer"]),
         "noise": noise_floor(summary),
         "tokens": rows["n_tokens"].max(),
-        "confidence": f"{100 * call.settings['bootstrap']['confidence']:g} %",
+        "confidence": confidence,
         "samples": call.settings["bootstrap"]["samples"],
         "config": json.dumps(call.settings, indent=2),
         "fingerprint": call.fingerprint,
@@ -134,7 +137,7 @@ def _figure(table: Path) -> dict[str, str]:
     svg = base64.b64encode(table.with_suffix(".svg").read_bytes()).decode()
     return {
         "name": name,
-        "title": name.replace("_", " "),
+        "title": name.replace("_", " ").replace("kl", "KL").replace("loss", "Loss"),
         "caption": (FOLDER / f"{name}.rst").read_text(encoding="utf-8"),
         "svg": svg,
     }

@@ -55,7 +55,7 @@ class Bootstrap:
         return _divide(total.sum(), count.sum()), _divide(self.weights @ total, self.weights @ count)
 
 
-def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def _divide(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
     """top / bottom, and NaN where bottom is not positive: no baseline, no ratio."""
     bottom = np.asarray(bottom)
     return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), np.nan)

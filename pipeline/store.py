@@ -6,6 +6,7 @@ writes the same file sweeps them away.
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,10 +145,25 @@ def read_fingerprint(path: Path) -> str | None:
             return value.decode() if value else None
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                size = int.from_bytes(file.read(8), "little")
+                if size > path.stat().st_size:
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(file.read(size))
             return header.get("__metadata__", {}).get("fingerprint")
+        if path.suffix == ".html":
+            with open(path, encoding="utf-8") as file:
+                found = re.search(r"<!-- fingerprint (\w+) -->", file.read(200))
+            return found[1] if found else None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{path} can't be read ({error}). It is damaged or not a result of this pipeline. Delete it and run again."
         ) from error
     raise ValueError(f"{path}: no fingerprint is kept in files that end in '{path.suffix}'.")
+
+
+def is_current(path: Path, fingerprint: str) -> bool:
+    """Whether a file can be read and carries this fingerprint."""
+    try:
+        return read_fingerprint(path) == fingerprint
+    except ValueError:
+        return False

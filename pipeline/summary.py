@@ -33,10 +33,13 @@ def work(call: Call) -> None:
     special = _special(call.inputs["tokens"])
     boot = _bootstraps(call, special)
     effects = [row for place, paths in _places(call).items() for row in effect_rows(place, paths, special, boot)]
-    saes = [sae_row(paths, call.inputs["moments"], special, boot) for paths in _by_sae(call.inputs["reconstructions"])]
+    saes = [
+        sae_row(paths, call.inputs["moments"], special, boot)
+        for paths in _by_sae(call.inputs.get("reconstructions", []))
+    ]
     for rows, path in zip((effects, saes), call.outputs, strict=True):
-        table = pl.DataFrame(rows, infer_schema_length=None).to_arrow()
-        store.write_table(path, [table], call.fingerprint, UNITS)
+        table = pl.DataFrame(rows, infer_schema_length=None)
+        store.write_table(path, [table.to_arrow()], call.fingerprint, UNITS)
     log.info("%d rows of effects, %d SAEs", len(effects), len(saes))
 
 
@@ -61,7 +64,7 @@ def _bootstraps(call: Call, special: dict) -> dict[int, Bootstrap]:
 def _places(call: Call) -> dict[tuple, list[Path]]:
     """(model, corpus, hook, sae, experiment) -> the shards of its table; `sae` is None for ablations."""
     places = defaultdict(list)
-    for path in [*call.inputs["effects"], *call.inputs.get("ablations", [])]:
+    for path in [*call.inputs.get("effects", []), *call.inputs.get("ablations", [])]:
         attributes = store.table_attributes(path)
         places[tuple(attributes.get(name) for name in PLACE)].append(path)
     return places
@@ -150,6 +153,9 @@ def sae_row(paths: list[Path], moments: list[Path], special: dict, boot: dict[in
     fired = sum(file["feature_count"][:] for file in files)
     for file in files:
         file.close()
+    if values["eps"].shape != chosen.shape:
+        found, expected = len(values["eps"]), len(chosen)
+        raise ValueError(f"{paths[0].parent} holds {found} sequences, expected {expected}. Delete it and run again.")
     sums, resample = {name: _sums(value, chosen) for name, value in values.items()}, boot[len(chosen)]
     row = labels | {"d_sae": len(fired), "n_tokens": int(chosen.sum())}
     for name in ("l0", "l1", "cos", "eps", "norm"):

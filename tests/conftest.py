@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline import models
-from pipeline.decoder import Hooked, Lean, Weights
+from pipeline.decoder import Hooked, Lean
+from pipeline.models import Weights
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"

@@ -4,7 +4,7 @@ with one hook per intervention, both log-softmaxes whole, KL and cross-entropy b
 import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from pipeline.decoder import Weights
+from pipeline.models import Weights
 
 
 def reference_model(weights: Weights) -> HookedTransformer:

@@ -79,7 +79,11 @@ def test_weight_processing_does_not_change_the_predictions(demo):
     rows = tokens(demo.weights)
     processing = {"fold_ln": True, "center_writing_weights": True, "center_unembed": True}
     processed = decoder(models.load_folder(DEMO / "model", processing))
-    found = [u.logits(u.products(u.hidden(d.clean(rows)))).log_softmax(-1) for d in (demo, processed) for u in [d.unembedding()]]
+    found = [
+        u.logits(u.products(u.hidden(d.clean(rows)))).log_softmax(-1)
+        for d in (demo, processed)
+        for u in [d.unembedding()]
+    ]
     assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
@@ -122,10 +126,10 @@ def test_a_patch_changes_only_the_same_and_later_positions(kind):
 
 def test_a_hook_that_does_not_exist_in_the_architecture_is_an_error():
     weights = random_weights(**FAMILIES["pythia"])
-    with pytest.raises(ValueError, match="no hook 'blocks.0.hook_resid_mid'"):
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.0\.hook_resid_mid'"):
         Hooked(weights).read(tokens(weights), Hook(0, "hook_resid_mid"))
     x = torch.zeros(3, weights.settings["n_ctx"], 16)
-    with pytest.raises(ValueError, match="no hook 'blocks.0.hook_resid_mid'"):
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.0\.hook_resid_mid'"):
         Hooked(weights).resume(Hook(0, "hook_resid_mid"), x, x)
 
 
@@ -140,13 +144,15 @@ def test_an_activation_of_another_shape_or_type_is_refused(wrong):
 def test_weights_that_do_not_fit_are_refused():
     weights = random_weights()
     del weights.state["blocks.0.attn.W_Q"]
-    with pytest.raises(ValueError, match=r"missing \['blocks.0.attn.W_Q'\]"):
+    with pytest.raises(ValueError, match=r"missing \['blocks\.0\.attn\.W_Q'\]"):
         Hooked(weights).clean(tokens(weights))
 
 
-@pytest.mark.parametrize("name", ["blocks.2.hook_resid_pre", "blocks.0.hook_residpre", "hook_embed", "blocks.x.hook_z", ""])
+@pytest.mark.parametrize(
+    "name", ["blocks.2.hook_resid_pre", "blocks.0.hook_residpre", "hook_embed", "blocks.x.hook_z", ""]
+)
 def test_unknown_hooks_are_refused(name):
-    with pytest.raises(ValueError, match="hook|layers"):
+    with pytest.raises(ValueError, match=r"hook|layers"):
         parse_hook(name, n_layers=2)
 
 

@@ -11,8 +11,9 @@ from fakes import ROOT
 LAYERS = (
     ("types", "registry", "fingerprint"),
     ("hooks",),
-    ("config", "store", "corpora", "interventions", "statistics", "decoder", "saes"),
-    ("plan", "stage", "models", "metrics"),
+    ("config", "store", "corpora", "interventions", "statistics", "models", "saes"),
+    ("plan", "stage", "decoder", "batches"),
+    ("metrics",),
     ("engine",),
     ("tokens", "weights", "clean", "activations", "moments", "reconstructions", "effects"),
     ("summary", "figures", "report"),

@@ -101,14 +101,20 @@ def test_where_chunks_are_cut_does_not_matter(monkeypatch):
     runs, target = [hidden + 0.1 * torch.randn(100, 8) for _ in range(3)], torch.randint(50, (100,))
     unembedding = Unembedding(lambda x: x, weight, torch.zeros(50), 0.0)
     whole = metrics.patched_values(hidden, runs, target, unembedding)
-    monkeypatch.setattr(metrics, "LOGITS_BYTES", 1)
-    monkeypatch.setattr(metrics, "chunk_size", lambda d_vocab: 16)
+    monkeypatch.setattr(metrics, "CHUNK_TOKENS", 16)
     cut = metrics.patched_values(hidden, runs, target, unembedding)
     for name in whole:
         assert_close(cut[name], whole[name], rtol=1e-5, atol=1e-9)
         assert whole[name].shape == (3, 100)
 
 
-def test_a_chunk_of_logits_stays_within_the_budget():
-    assert metrics.chunk_size(50257) * 50257 * 4 <= metrics.LOGITS_BYTES
-    assert metrics.chunk_size(10**9) == 16
+def test_a_common_shift_of_the_logits_costs_no_digits():
+    # 0.7 added to every logit is no change of the distribution; float32 must not see one beside a KL of 1e-7.
+    torch.manual_seed(0)
+    p, step = torch.randn(50, 2000).double(), 4e-4 * torch.randn(50, 2000).double()
+    q = p + step + 0.7
+    unembedding = identity_unembedding(2000)
+    found = metrics.patched_values(p.float(), [q.float()], torch.zeros(50, dtype=torch.long), unembedding)["kl"][0]
+    expected = float64_kl(p.float(), q.float(), torch.eye(2000))
+    assert expected.min() > 5e-8
+    assert_close(found.double(), expected, rtol=1e-5, atol=0)

@@ -107,8 +107,15 @@ def test_a_file_of_another_maker_has_no_fingerprint(tmp_path):
 
 
 def test_only_kinds_of_file_that_keep_a_fingerprint_are_asked_for_one(tmp_path):
-    with pytest.raises(ValueError, match=r"page\.html.*'\.html'"):
-        store.read_fingerprint(tmp_path / "page.html")
+    with pytest.raises(ValueError, match=r"notes\.txt.*'\.txt'"):
+        store.read_fingerprint(tmp_path / "notes.txt")
+
+
+def test_the_fingerprint_of_a_page_stands_in_its_first_comment(tmp_path):
+    (tmp_path / "page.html").write_text("<!doctype html>\n<!-- fingerprint 0123abcd -->\n<html></html>")
+    assert store.read_fingerprint(tmp_path / "page.html") == "0123abcd"
+    (tmp_path / "page.html").write_text("<!doctype html>\n<html><!-- a page of somebody else --></html>")
+    assert not store.is_current(tmp_path / "page.html", "0123abcd")
 
 
 @pytest.mark.parametrize("kept", [0, 0.3, 0.9])

@@ -8,6 +8,8 @@ rule ablations:
         "results/logs/ablations/{experiment}/{model}/{corpus}/{hook}/{shard}.log",
     benchmark:
         "results/benchmarks/ablations/{experiment}/{model}/{corpus}/{hook}/{shard}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     resources:
         device="cpu",
     params:

@@ -8,6 +8,8 @@ rule activations:
         "results/logs/activations/{model}/{corpus}/{hook}/{shard}.log",
     benchmark:
         "results/benchmarks/activations/{model}/{corpus}/{hook}/{shard}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     resources:
         device="cpu",
     params:

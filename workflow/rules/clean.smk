@@ -8,6 +8,8 @@ rule clean:
         "results/logs/clean/{model}/{corpus}/{shard}.log",
     benchmark:
         "results/benchmarks/clean/{model}/{corpus}/{shard}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     resources:
         device="cpu",
     params:

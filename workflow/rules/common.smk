@@ -1,5 +1,5 @@
 # Config -> plan, and what every rule needs of it. No rules here.
-import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(workflow.current_basedir.join("../..")))
 
 from pipeline import config as configuration
+from pipeline import store
 from pipeline.plan import PATTERNS, Plan
 
 try:
@@ -18,9 +19,12 @@ REPORT = Path(PATTERNS["report"])
 HEADLINE = REPORT.with_name("headline.txt")
 
 # Jobs find the package and the Python of this environment, whatever the working directory and whether it was activated.
-root = str(Path(workflow.current_basedir.join("../..")).resolve())
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+bin, root = (
+    shlex.quote(str(path)) for path in (Path(sys.executable).parent, Path(workflow.basedir))
+)
+shell.prefix(
+    "set -euo pipefail; export PATH=%s:$PATH PYTHONPATH=%s:${{PYTHONPATH:-}}; " % (bin, root)
+)
 
 
 wildcard_constraints:
@@ -42,7 +46,24 @@ def job(stage, wildcards):
 
 
 def inputs(stage):
-    return lambda wildcards: [upstream.path for _, upstream in job(stage, wildcards).inputs]
+    """The planned inputs. On the way, an output without the planned fingerprint is marked to be made again.
+
+    Snakemake compares with what it noted of earlier runs, and after a failed run or the loss of its notes it keeps what
+    is stale; the files themselves know better.
+    """
+
+    def planned(wildcards):
+        wanted = job(stage, wildcards)
+        path = Path(wanted.path)
+        if (
+            workflow.is_main_process
+            and path.exists()
+            and not store.is_current(path, wanted.fingerprint)
+        ):
+            workflow.dag.forcefiles.add(wanted.path)
+        return [upstream.path for _, upstream in wanted.inputs]
+
+    return planned
 
 
 def as_json(stage):

@@ -8,6 +8,8 @@ rule effects:
         "results/logs/effects/{experiment}/{sae}/{corpus}/{shard}.log",
     benchmark:
         "results/benchmarks/effects/{experiment}/{sae}/{corpus}/{shard}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     resources:
         device="cpu",
     params:

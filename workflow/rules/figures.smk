@@ -14,6 +14,8 @@ rule figures:
         "results/logs/figures/{figure}.log",
     benchmark:
         "results/benchmarks/figures/{figure}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     params:
         job=as_json("figures"),
     shell:

@@ -8,6 +8,8 @@ rule moments:
         "results/logs/moments/{model}/{corpus}/{hook}.log",
     benchmark:
         "results/benchmarks/moments/{model}/{corpus}/{hook}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     params:
         job=as_json("moments"),
     shell:

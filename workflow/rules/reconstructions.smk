@@ -8,6 +8,8 @@ rule reconstructions:
         "results/logs/reconstructions/{sae}/{corpus}/{shard}.log",
     benchmark:
         "results/benchmarks/reconstructions/{sae}/{corpus}/{shard}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     resources:
         device="cpu",
     params:

@@ -9,6 +9,8 @@ rule report:
         "results/logs/report/report.log",
     benchmark:
         "results/benchmarks/report/report.tsv"
+    conda:
+        "../envs/faithful.yaml"
     params:
         job=as_json("report"),
     shell:

@@ -9,6 +9,8 @@ rule summary:
         "results/logs/summary/summary.log",
     benchmark:
         "results/benchmarks/summary/summary.tsv"
+    conda:
+        "../envs/faithful.yaml"
     params:
         job=as_json("summary"),
     shell:

@@ -1,11 +1,15 @@
 # A corpus, tokenised and packed.
 rule tokens:
+    input:
+        inputs("tokens"),
     output:
         PATTERNS["tokens"],
     log:
         "results/logs/tokens/{model}/{corpus}.log",
     benchmark:
         "results/benchmarks/tokens/{model}/{corpus}.tsv"
+    conda:
+        "../envs/faithful.yaml"
     params:
         job=as_json("tokens"),
     shell:
