@@ -219,7 +219,8 @@ def _described(name: str, folder: Path, model: Model) -> Sae:
                 f"'{model.id}' is {width} wide. Was it trained on another model?"
             )
     mode = settings.get("normalize_activations", "none")
-    if mode not in HONOURED_NORMALISATIONS:
+    # sae_lens scales a transcoder's input, but does not undo it: the output lives elsewhere.
+    if mode not in (("none",) if transcoder else HONOURED_NORMALISATIONS):
         raise ValueError(
             f"{what}: normalize_activations '{mode}' can't be honoured. Fold it into the "
             "weights with sae_lens and save again."

@@ -189,14 +189,14 @@ class Plan:
         return argument in self.interventions[intervention]
 
     def _sae_names(self, experiment: Experiment) -> list[str]:
-        """The experiment's interventions that need an SAE, with the control; none where only the control is left."""
-        names = [name for name in experiment.interventions if name == CONTROL or self._needs(name, "x_hat")]
-        return names if set(names) - {CONTROL} else []
+        """The experiment's interventions that need an SAE, after the control; none where there are none."""
+        names = [name for name in experiment.interventions if self._needs(name, "x_hat")]
+        return [CONTROL, *names] if names else []
 
     def _ablation_names(self, experiment: Experiment) -> list[str]:
-        """The experiment's interventions that need no SAE, with the control; none where only the control is left."""
-        free = [name for name in experiment.interventions if not self._needs(name, "x_hat")]
-        return free if set(free) - {CONTROL} else []
+        """The experiment's interventions that need no SAE, after the control; none where there are none."""
+        names = [name for name in experiment.interventions if name != CONTROL and not self._needs(name, "x_hat")]
+        return [CONTROL, *names] if names else []
 
     def _patching_inputs(self, model: str, corpus: str, hook: Hook, shard: str) -> list[tuple[str, Job]]:
         return [

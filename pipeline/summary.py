@@ -113,7 +113,12 @@ def _statistics(part: pl.DataFrame, chosen: np.ndarray, baseline: np.ndarray | N
     row |= _named("top1_agreement", boot.mean(*_sums(agrees, chosen)))
     empty = Interval(np.nan, np.nan, np.nan)
     ratio = empty if baseline is None else boot.ratio(_sums(kl, chosen), _sums(baseline, chosen))
-    return {name: None if value != value else value for name, value in (row | _named("kl_ratio", ratio)).items()}
+    return _nulls(row | _named("kl_ratio", ratio))
+
+
+def _nulls(row: dict) -> dict:
+    """The row with null for what is not defined."""
+    return {name: None if value != value else value for name, value in row.items()}
 
 
 def _sums(values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,10 +169,13 @@ def sae_row(paths: list[Path], moments: list[Path], special: dict, boot: dict[in
     row |= _named(
         "explained_variance", _explained_variance(values["eps"], chosen, _variance(moments, labels), resample)
     )
-    return row | {
-        "dead_features": float((fired == 0).mean()),
-        "dense_features": float((fired > DENSE * chosen.sum()).mean()),
-    }
+    return _nulls(
+        row
+        | {
+            "dead_features": float((fired == 0).mean()),
+            "dense_features": float((fired > DENSE * chosen.sum()).mean()),
+        }
+    )
 
 
 def _variance(paths: list[Path], labels: dict) -> np.ndarray:

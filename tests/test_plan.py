@@ -135,7 +135,7 @@ def test_an_experiment_without_sae_interventions_has_no_effects(tmp_path):
     configuration = study(tmp_path)
     configuration["experiments"][0]["interventions"] = ["zero", "mean"]
     jobs = plan(configuration).jobs
-    assert [job.settings["interventions"] for job in of("ablations", jobs)] == [["zero", "mean"]] * 2
+    assert [job.settings["interventions"] for job in of("ablations", jobs)] == [["identity", "zero", "mean"]] * 2
     assert of("effects", jobs) == []
 
 
