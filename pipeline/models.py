@@ -1,6 +1,7 @@
 """Language models: a local Hugging Face folder -> processed TransformerLens weights, and their file."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,31 +38,24 @@ def load_folder(folder: Path, processing: Mapping[str, bool]) -> Weights:
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     fold_ln = processing["fold_ln"]
-    try:
-        cfg = loading_from_pretrained.get_pretrained_model_config(
-            str(folder), fold_ln=fold_ln, device="cpu", dtype=torch.float32
-        )
-    except AttributeError as error:  # GPT-2 folders saved by transformers 5 lack `n_ctx`, for one
-        raise ValueError(
-            f"{folder / 'config.json'} lacks a key that TransformerLens needs: {error}. Add it."
-        ) from error
-    _check_architecture(folder, cfg)
-    state = loading_from_pretrained.get_pretrained_state_dict(str(folder), cfg, source, dtype=torch.float32)
+    # TransformerLens guesses some architectures from the path ("llama", "gemma"): it is shown one that says nothing.
+    with tempfile.TemporaryDirectory() as neutral:
+        link = Path(neutral) / "model"
+        link.symlink_to(folder)
+        try:
+            cfg = loading_from_pretrained.get_pretrained_model_config(
+                str(link), fold_ln=fold_ln, device="cpu", dtype=torch.float32
+            )
+        except AttributeError as error:  # GPT-2 folders saved by transformers 5 lack `n_ctx`, for one
+            message = f"{folder / 'config.json'} lacks a key that TransformerLens needs: {error}. Add it."
+            raise ValueError(message) from error
+        except NotImplementedError as error:
+            raise ValueError(f"TransformerLens can't read {folder}: {error} Use a model of another family.") from error
+        state = loading_from_pretrained.get_pretrained_state_dict(str(link), cfg, source, dtype=torch.float32)
     cfg.tokenizer_name = None  # the weights are all that is wanted here
     model = HookedTransformer(cfg, move_to_device=False)
     model.load_and_process_state_dict(state, fold_value_biases=fold_ln, **processing)
     return checked(Weights(_plain(model.cfg.to_dict()), _parameters(model)), folder)
-
-
-def _check_architecture(folder: Path, cfg) -> None:
-    """TransformerLens guesses some architectures from the folder's name; a guess that config.json contradicts is
-    refused."""
-    declared = json.loads((folder / "config.json").read_text()).get("architectures", [None])[0]
-    if cfg.original_architecture != declared:
-        raise ValueError(
-            f"{folder}: config.json declares {declared}, but TransformerLens takes it for "
-            f"{cfg.original_architecture}. Rename the folder."
-        )
 
 
 def _plain(settings: dict) -> dict:
