@@ -47,15 +47,16 @@ class Hook:
         return geometry.n_heads * geometry.d_head if self.site == "attn.hook_z" else geometry.d_model
 
 
-def parse_hook(name: str, n_layers: int, sites: tuple[str, ...] = READ_SITES) -> Hook:
+def parse_hook(name: str, n_layers: int | None = None, sites: tuple[str, ...] = READ_SITES) -> Hook:
     """`blocks.6.hook_resid_pre` -> Hook(6, 'hook_resid_pre').
 
-    Raises ValueError for a name of another form, for a site that is not in `sites`, and for a layer beyond the model's.
+    Raises ValueError for a name of another form, for a site that is not in `sites`, and for a layer beyond the model's
+    where its number of layers is given.
     """
     match = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", str(name))
     if match is None or match[2] not in sites:
         raise ValueError(unknown("hook", name, [f"blocks.N.{site}" for site in sites]))
-    if int(match[1]) >= n_layers:
+    if n_layers is not None and int(match[1]) >= n_layers:
         raise ValueError(f"Hook '{name}' is at layer {match[1]}, but the model has layers 0 to {n_layers - 1}.")
     return Hook(int(match[1]), match[2])
 

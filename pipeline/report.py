@@ -10,6 +10,7 @@ import jinja2
 import polars as pl
 
 from pipeline import store
+from pipeline.hooks import parse_hook
 from pipeline.stage import Call, log, run
 
 FOLDER = Path(__file__).parent.parent / "workflow" / "report"
@@ -103,13 +104,14 @@ def work(call: Call) -> None:
     confidence = f"{100 * call.settings['bootstrap']['confidence']:g} %"
     text = headline(summary, confidence)
     rows = summary.filter(pl.col("tokens") == "ordinary", pl.col("intervention") != "identity")
+    several = {name: name for name in ("model", "corpus", "experiment") if rows[name].n_unique() > 1}
     content = {
         "headline": text,
         "figures": [_figure(path) for path in call.inputs["figures"]],
-        "columns": COLUMNS,
-        "rows": rows.sort("layer", "hook", maintain_order=True).rows(named=True),
-        "sae_columns": SAE_COLUMNS,
-        "saes": sorted(saes.rows(named=True), key=lambda row: row["layer"]),
+        "columns": several | COLUMNS,
+        "rows": [_shown(row) for row in rows.sort("layer", "hook", maintain_order=True).rows(named=True)],
+        "sae_columns": {name: name for name in several if name != "experiment"} | SAE_COLUMNS,
+        "saes": [_shown(row) for row in sorted(saes.rows(named=True), key=lambda row: row["layer"])],
         "noise": noise_floor(summary),
         "tokens": rows["n_tokens"].max(),
         "confidence": confidence,
@@ -129,6 +131,11 @@ def work(call: Call) -> None:
         page, html.replace("<!doctype html>", f"<!doctype html>\n<!-- fingerprint {call.fingerprint} -->", 1)
     )
     log.info("%s", text)
+
+
+def _shown(row: dict) -> dict:
+    """A row with its hook in short, as `3.resid_pre`."""
+    return row | {"hook": parse_hook(row["hook"]).short}
 
 
 def _figure(table: Path) -> dict[str, str]:

@@ -26,7 +26,6 @@ UNITS = dict.fromkeys(["kl_mean", *QUANTILES, "ce_mean", "ce_clean_mean", "delta
 UNITS |= {
     name + end: "nats" for name in ("kl_mean", "ce_mean", "ce_clean_mean", "delta_ce_mean") for end in ("_low", "_high")
 }
-NEVER = 10**9
 
 
 def work(call: Call) -> None:
@@ -82,7 +81,7 @@ def effect_rows(place: tuple, paths: list[Path], special: dict, boot: dict[int, 
     baseline = _grid(parts[BASELINE], "kl", mask.shape) if BASELINE in parts else None
     for name, part in parts.items():
         for token_class, select in TOKEN_CLASSES.items():
-            labels = dict(zip(PLACE, place, strict=True)) | {"layer": parse_hook(place[2], NEVER).layer}
+            labels = dict(zip(PLACE, place, strict=True)) | {"layer": parse_hook(place[2]).layer}
             yield (
                 labels
                 | {"intervention": name, "tokens": token_class}
@@ -143,7 +142,7 @@ def sae_row(paths: list[Path], moments: list[Path], special: dict, boot: dict[in
     files = [h5py.File(path) for path in paths]
     attributes = files[0].attrs
     chosen = ~special[attributes["model"], attributes["corpus"]]
-    hook = parse_hook(attributes["write"], NEVER)
+    hook = parse_hook(attributes["write"])
     labels = {name: attributes[name] for name in ("model", "corpus", "sae", "architecture")}
     labels |= {
         "hook_in": attributes["read"],

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
 SHARED = ROOT.parent / "shared"
 PLAIN = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False}
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests run in two processes
 
 
 @pytest.fixture(scope="session")

@@ -187,8 +187,8 @@ def test_the_table_holds_ordinary_tokens_of_every_intervention_but_the_control(t
     interval = "0.5 [0.4, 0.6]"
     numbers = [interval, "0.5", "0.5"]
     assert found == [
-        ["early", HOOK, "sae", *numbers, "1234", interval, interval, interval],
-        ["–", HOOK, "zero", *numbers, "0.5", "–", interval, interval],
+        ["early", "1.resid_pre", "sae", *numbers, "1234", interval, interval, interval],
+        ["–", "1.resid_pre", "zero", *numbers, "0.5", "–", interval, interval],
     ]
 
 
@@ -204,5 +204,5 @@ def test_a_study_of_ablations_alone_has_a_page(tmp_path):
     zero = row(sae=None, intervention="zero", kl_ratio=None, kl_ratio_low=None, kl_ratio_high=None)
     html, line = page(tmp_path, [zero, row(sae=None, tokens="all", **CONTROL)], table=[])
     assert "no KL ratio to report" in line
-    assert cells(html, 0)[0][:3] == ["–", HOOK, "zero"]
+    assert cells(html, 0)[0][:3] == ["–", "1.resid_pre", "zero"]
     assert cells(html, 1) == []
