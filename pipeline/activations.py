@@ -3,7 +3,6 @@
 import torch
 
 from pipeline import batches, decoder, models, store
-from pipeline.plan import shard_bounds
 from pipeline.stage import Call, log, run
 
 AXES = {"activation": "seq pos d", "stream": "seq pos d_model"}
@@ -15,7 +14,7 @@ def work(call: Call) -> None:
     model = decoder.decoder(weights)
     hook = decoder.hook_of(call.key["hook"], weights)
     with store.arrays(call.input("tokens"), {"token": "seq pos"}) as tokens:
-        start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], batches.BATCH)
+        start, stop = batches.shard_bounds(len(tokens["token"]), call.key["shard"])
 
         def read(first: int, last: int) -> dict[str, torch.Tensor]:
             rows = batches.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.store import CHUNK
-
-BATCH = CHUNK
+# Sequences; as many as in an HDF5 chunk, so that a batch is read in one piece.
+BATCH = 8
 
 
 def ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -23,3 +22,20 @@ def ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
 def filled(rows: Tensor) -> Tensor:
     """Rows of a micro-batch, filled up to BATCH with copies of the first."""
     return torch.cat([rows, rows[:1].expand(BATCH - len(rows), *rows.shape[1:])]) if len(rows) < BATCH else rows
+
+
+def shard_bounds(sequences: int, shard: str) -> tuple[int, int]:
+    """First and last+1 sequence of shard `i-of-n`. Shards start at multiples of BATCH, so that every
+    micro-batch holds the same sequences whatever the number of shards, and rounds the same way.
+
+    ValueError where there are more shards than micro-batches.
+    """
+    index, count = map(int, shard.split("-of-"))
+    batches = -(-sequences // BATCH)
+    if count > batches:
+        raise ValueError(
+            f"{sequences} sequences make {batches} batches of {BATCH}, too few for {count} "
+            f"shards. Set `shards` to {batches} or less."
+        )
+    start, stop = (BATCH * (batches * i // count) for i in (index, index + 1))
+    return min(start, sequences), min(stop, sequences)

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from pipeline import batches, decoder, engine, models, store
-from pipeline.plan import shard_bounds
 from pipeline.stage import Call, log, run
 
 AXES = {"final": "seq pos d_model", "ce": "seq pos", "entropy": "seq pos", "top1": "seq pos"}
@@ -15,7 +14,7 @@ def work(call: Call) -> None:
     weights = models.load(call.input("weights"), call.device)
     model = decoder.decoder(weights)
     with store.arrays(call.input("tokens"), {"token": "seq pos"}) as tokens:
-        start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], batches.BATCH)
+        start, stop = batches.shard_bounds(len(tokens["token"]), call.key["shard"])
         shape = (stop - start, tokens["token"].shape[1])
         shapes = {
             "final": (*shape, weights.settings["d_model"]),

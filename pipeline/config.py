@@ -14,6 +14,10 @@ from pipeline.hooks import READ_SITES, WRITE_SITES, Geometry, Hook, parse_hook, 
 from pipeline.registry import unknown
 
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
+# Sequences of a micro-batch, the least that a shard can hold; `batches` has the same number, and needs torch.
+BATCH = 8
+# What an intervention may ask for, by the names of its arguments.
+ARGUMENTS = ("x", "x_hat", "noise", "mean")
 CORPUS_KINDS = (".txt", ".jsonl", ".parquet", ".npy")
 # sae_lens applies these inside the forward pass. The others need a dataset statistic that the file does not hold,
 # and sae_lens silently leaves them out.
@@ -81,6 +85,11 @@ def load(config: dict) -> Study:
     models = _by_id("models", [_model(entry) for entry in config["models"]])
     corpora = _by_id("corpora", [_corpus(entry, models) for entry in config["corpora"]])
     saes = _by_id("saes", [_sae(entry, models) for entry in config["saes"]])
+    for corpus in corpora.values():
+        if corpus.contexts is not None and config["shards"] > -(-corpus.contexts // BATCH):
+            made = f"{corpus.contexts} contexts make {-(-corpus.contexts // BATCH)} batches of {BATCH}"
+            shards = config["shards"]
+            raise ValueError(f"Corpus '{corpus.id}': {made}, too few for {shards} shards. Lower `shards`.")
     experiments = _by_id("experiments", [_experiment(entry, saes, corpora) for entry in config["experiments"]])
     bootstrap = MappingProxyType(config["bootstrap"])
     return Study(config["seed"], config["shards"], bootstrap, models, corpora, saes, experiments)
@@ -154,6 +163,8 @@ def _existing(path: str, what: str) -> Path:
 def _model(entry: dict) -> Model:
     what = f"Model '{entry['id']}'"
     folder = _existing(entry["path"], what)
+    if not folder.is_dir():
+        raise ValueError(f"{what}: '{folder}' is a file, expected the Hugging Face folder it is in.")
     for pattern in ("config.json", "*.safetensors", "tokenizer.json"):
         if not any(folder.glob(pattern)):
             raise ValueError(
@@ -165,6 +176,8 @@ def _model(entry: dict) -> Model:
 def _corpus(entry: dict, models: MappingProxyType) -> Corpus:
     what = f"Corpus '{entry['id']}'"
     path = _existing(entry["path"], what)
+    if path.is_dir():
+        raise ValueError(f"{what}: '{path}' is a folder, expected a file: {', '.join(CORPUS_KINDS)}.")
     if path.suffix not in CORPUS_KINDS:
         raise ValueError(f"{what}: '{path}' ends in '{path.suffix}'. Known kinds of file: {', '.join(CORPUS_KINDS)}.")
     if path.stat().st_size == 0:
@@ -201,7 +214,9 @@ def _described(name: str, folder: Path, model: Model) -> Sae:
         raise ValueError(
             f"{what} has no {', '.join(map(repr, missing))}. Expected what sae_lens writes; save the SAE again."
         )
-    metadata = settings.get("metadata", {})
+    metadata = settings.get("metadata") or {}
+    if not metadata.get("hook_name"):
+        raise ValueError(f"{what} has no metadata.hook_name. Load the SAE with sae_lens 6 and save it again.")
     transcoder = "transcoder" in settings["architecture"]
     hooks = {
         "read": metadata.get("hook_name"),
@@ -251,6 +266,10 @@ def _check_processing(what: str, trained_with: dict, model: Model) -> None:
 def _experiment(entry: dict, saes: MappingProxyType, corpora: MappingProxyType) -> Experiment:
     what = f"Experiment '{entry['id']}'"
     known = fingerprint.registered("interventions", "INTERVENTIONS")
+    for name in entry["interventions"]:
+        for argument in known.get(name, []):
+            if argument not in ARGUMENTS:
+                raise ValueError(f"Intervention '{name}': " + unknown("argument", argument, ARGUMENTS))
     chosen = {}
     for kind, available in (("interventions", known), ("saes", saes), ("corpora", corpora)):
         chosen[kind] = tuple(available) if entry[kind] == "all" else tuple(entry[kind])

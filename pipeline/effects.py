@@ -11,7 +11,6 @@ import torch
 
 from pipeline import batches, decoder, engine, models, store
 from pipeline.interventions import INTERVENTIONS, standard_normal
-from pipeline.plan import shard_bounds
 from pipeline.stage import Call, log, run
 from pipeline.types import Acts
 
@@ -88,7 +87,7 @@ def _rows(dataset: h5py.Dataset, first: int, last: int, device: str) -> torch.Te
 
 def _batches(call: Call, files: dict[str, h5py.File]) -> Iterator[engine.Batch]:
     tokens, x = files["tokens"], files["activations"]
-    start, stop = shard_bounds(len(tokens["token"]), call.key["shard"], batches.BATCH)
+    start, stop = batches.shard_bounds(len(tokens["token"]), call.key["shard"])
     for first, last in batches.ranges(start, stop):
         special = _rows(tokens["special"], first, last, call.device)
         place = (first - start, last - start, call.device)

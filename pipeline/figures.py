@@ -4,7 +4,8 @@ A figure takes what it needs, by name: `summary` the table of effects, `effects`
 returns the picture and the data that is plotted; both are stored. Needs no torch.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from inspect import signature
 
 import matplotlib
@@ -31,6 +32,7 @@ COLOURS = {
     "mean": "#8d8d8d",
     "zero": "#3b3b3b",
 }
+OTHER_COLOURS = sns.color_palette("husl", 8).as_hex()
 PAIR = ("sae", "eps_random")
 KL_CLIP, KL_BINS = 1.0, 50
 LOSS_CLIP, LOSS_BINS = 2.0, 80
@@ -131,6 +133,18 @@ def _by_layer(summary: pl.DataFrame, column: str, label: str, log: bool) -> tupl
     return figure, data
 
 
+def _known_first(interventions: Iterable[str]) -> list[str]:
+    """The interventions that occur: ours in the order of COLOURS, then those of others by name."""
+    found = set(interventions)
+    return [name for name in COLOURS if name in found] + sorted(found - set(COLOURS))
+
+
+def _colour(intervention: str) -> str:
+    """The colour of an intervention in every figure; one that has none here gets one by its name."""
+    number = int.from_bytes(hashlib.sha256(intervention.encode()).digest()[:4], "big")
+    return COLOURS.get(intervention, OTHER_COLOURS[number % len(OTHER_COLOURS)])
+
+
 def _place(data: pl.DataFrame) -> pl.Expr:
     """What stands on the axis: the SAE, with corpus, experiment or model where there are several."""
     names = ["sae", *(name for name in ("model", "corpus", "experiment") if data[name].n_unique() > 1)]
@@ -138,14 +152,14 @@ def _place(data: pl.DataFrame) -> pl.Expr:
 
 
 def _dots(axes: Axes, part: pd.DataFrame, places: list[str], column: str) -> None:
-    names = [name for name in COLOURS if name in set(part["intervention"])]
+    names = _known_first(part["intervention"])
     for i, name in enumerate(names):
         points = part[part["intervention"] == name]
         at = [places.index(place) + 0.7 * ((i + 0.5) / len(names) - 0.5) for place in points["place"]]
         # An interval of no width may end a rounding error past its value.
         ends = (points[column] - points[f"{column}_low"], points[f"{column}_high"] - points[column])
         spread = [end.clip(lower=0) for end in ends]
-        axes.errorbar(at, points[column], yerr=spread, fmt="o", markersize=4.5, linewidth=1.3, color=COLOURS[name])
+        axes.errorbar(at, points[column], yerr=spread, fmt="o", markersize=4.5, linewidth=1.3, color=_colour(name))
     axes.set_xticks(range(len(places)), places, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_xlim(-0.6, len(places) - 0.4)
     axes.grid(axis="x", visible=False)
@@ -163,9 +177,9 @@ def _fit_to_saes(axes: Axes, data: pl.DataFrame, column: str) -> None:
 
 
 def _legend(figure: Figure, data: pl.DataFrame) -> None:
-    names = [name for name in COLOURS if name in set(data["intervention"])]
+    names = _known_first(data["intervention"])
     handles = [
-        matplotlib.lines.Line2D([], [], color=COLOURS[name], marker="o", linestyle="", label=name) for name in names
+        matplotlib.lines.Line2D([], [], color=_colour(name), marker="o", linestyle="", label=name) for name in names
     ]
     rows = -(-len(names) // int(figure.get_figwidth() / 1.75))
     columns = -(-len(names) // rows)

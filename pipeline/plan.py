@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
+from pathlib import Path
 
 from pipeline import fingerprint
 from pipeline.config import Experiment, Sae, Study
@@ -100,7 +101,7 @@ class Plan:
             "path": str(entry.path),
             "tokenizer": str(folder),
             "content": self._content(entry.path),
-            "tokenizer_content": self._content(folder / "tokenizer.json"),
+            "tokenizer_content": [[file.name, self._content(file)] for file in tokenizer_files(folder)],
         }
         settings |= {name: getattr(entry, name) for name in ("column", "context", "contexts", "prepend_bos")}
         return self._make(
@@ -143,6 +144,7 @@ class Plan:
         names = self._sae_names(experiment)
         inputs = self._patching_inputs(sae.model, corpus, sae.write, shard)
         inputs += [("reconstructions", self.reconstructions(sae, corpus, shard))]
+        inputs += self._mean_inputs(names, sae.model, corpus, sae.write)
         key = {"experiment": experiment.id, "sae": sae.id, "corpus": corpus, "shard": shard}
         settings = self._patching_settings(experiment, names) | {"model": sae.model, "hook": sae.write.name}
         return self._make("effects", key, settings, inputs, names)
@@ -150,8 +152,7 @@ class Plan:
     def ablations(self, experiment: Experiment, model: str, corpus: str, hook: Hook, shard: str) -> Job:
         names = self._ablation_names(experiment)
         inputs = self._patching_inputs(model, corpus, hook, shard)
-        if any(self._needs(name, "mean") for name in names):
-            inputs += [("moments", self.moments(model, corpus, hook))]
+        inputs += self._mean_inputs(names, model, corpus, hook)
         key = {"experiment": experiment.id, "model": model, "corpus": corpus, "hook": hook.name, "shard": shard}
         return self._make("ablations", key, self._patching_settings(experiment, names), inputs, names)
 
@@ -206,6 +207,11 @@ class Plan:
             ("activations", self.activations(model, corpus, hook, shard)),
         ]
 
+    def _mean_inputs(self, names: list[str], model: str, corpus: str, hook: Hook) -> list[tuple[str, Job]]:
+        """The moments, where an intervention asks for the mean."""
+        wanted = any(self._needs(name, "mean") for name in names)
+        return [("moments", self.moments(model, corpus, hook))] if wanted else []
+
     def _patching_settings(self, experiment: Experiment, names: list[str]) -> dict:
         settings = {"interventions": names, "scope": experiment.scope, "patch_special": experiment.patch_special}
         if any(self._needs(name, "noise") for name in names):
@@ -238,18 +244,7 @@ class Plan:
         return list(dict.fromkeys((sae.model, corpus) for sae, corpus in self._sae_corpora()))
 
 
-def shard_bounds(sequences: int, shard: str, batch: int) -> tuple[int, int]:
-    """First and last+1 sequence of shard `i-of-n`. Shards start at multiples of the micro-batch, so that every
-    micro-batch holds the same sequences whatever the number of shards, and rounds the same way.
-
-    ValueError where there are more shards than micro-batches.
-    """
-    index, count = map(int, shard.split("-of-"))
-    batches = -(-sequences // batch)
-    if count > batches:
-        raise ValueError(
-            f"{sequences} sequences make {batches} batches of {batch}, too few for {count} "
-            f"shards. Set `shards` to {batches} or less."
-        )
-    start, stop = (batch * (batches * i // count) for i in (index, index + 1))
-    return min(start, sequences), min(stop, sequences)
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that say how text becomes tokens, and which tokens are special."""
+    kinds = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+    return sorted({file for kind in kinds for file in folder.glob(kind) if file.is_file()})

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -14,7 +12,6 @@ from pipeline.hooks import parse_hook
 from pipeline.stage import Call, log, run
 
 FOLDER = Path(__file__).parent.parent / "workflow" / "report"
-PACKAGES = ("torch", "transformer_lens", "sae_lens", "snakemake", "h5py", "polars", "pyarrow", "seaborn")
 COLUMNS = {
     "sae": "SAE",
     "hook": "hook",
@@ -118,8 +115,7 @@ def work(call: Call) -> None:
         "samples": call.settings["bootstrap"]["samples"],
         "config": json.dumps(call.settings, indent=2),
         "fingerprint": call.fingerprint,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": platform.platform(),
+        "versions": store.table_attributes(path)["packages"],
     }
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

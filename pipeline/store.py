@@ -6,11 +6,14 @@ writes the same file sweeps them away.
 
 import json
 import os
+import platform
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import h5py
@@ -18,10 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Sequences per HDF5 chunk; also the micro-batch of the engine, so that a batch is read in one piece.
+# Sequences per HDF5 chunk.
 CHUNK = 8
+PACKAGES = ("torch", "transformer_lens", "sae_lens", "snakemake", "h5py", "polars", "pyarrow", "seaborn")
 # Left free on the disk after a write: on a full one, HDF5 dies of a signal and leaves a broken file.
 HEADROOM = 64 * 2**20
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers may depend on; every file carries those it was made with."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 @contextmanager
@@ -63,7 +73,13 @@ def new_arrays(
     kinds = {name: shape if isinstance(shape[0], tuple) else (shape, "float32") for name, shape in shapes.items()}
     size = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in kinds.values())
     with written(path, size) as part, h5py.File(part, "w") as file:
-        file.attrs.update({"fingerprint": fingerprint, **{name: _plain(value) for name, value in attributes.items()}})
+        file.attrs.update(
+            {
+                "fingerprint": fingerprint,
+                "packages": json.dumps(packages()),
+                **{name: _plain(value) for name, value in attributes.items()},
+            }
+        )
         for name, (shape, kind) in kinds.items():
             chunks = (min(CHUNK, shape[0]), *shape[1:]) if axes[name].startswith("seq ") and min(shape) > 0 else None
             file.create_dataset(name, shape, dtype=kind, chunks=chunks).attrs["axes"] = axes[name]
@@ -107,6 +123,7 @@ def write_table(
     fields = [
         field.with_metadata({"unit": units[field.name]}) if field.name in units else field for field in table.schema
     ]
+    attributes = {"packages": packages()} | attributes
     metadata = {"fingerprint": fingerprint, **{name: json.dumps(value) for name, value in attributes.items()}}
     schema = pa.schema(fields, metadata=metadata)
     floats = [field.name for field in fields if pa.types.is_floating(field.type)]
@@ -167,3 +184,11 @@ def is_current(path: Path, fingerprint: str) -> bool:
         return read_fingerprint(path) == fingerprint
     except ValueError:
         return False
+
+
+def file_packages(path: Path) -> dict[str, str]:
+    """The versions of packages that an HDF5 or Parquet file was made with."""
+    if Path(path).suffix == ".parquet":
+        return table_attributes(path)["packages"]
+    with h5py.File(path, "r") as file:
+        return json.loads(file.attrs["packages"])

@@ -36,10 +36,21 @@ def work(call: Call) -> None:
         sae_row(paths, call.inputs["moments"], special, boot)
         for paths in _by_sae(call.inputs.get("reconstructions", []))
     ]
-    for rows, path in zip((effects, saes), call.outputs, strict=True):
+    made_with = _made_with([path for paths in call.inputs.values() for path in paths])
+    # The table whose fingerprint is looked at goes last: when it is there, the other one is.
+    for rows, path in reversed(list(zip((effects, saes), call.outputs, strict=True))):
         table = pl.DataFrame(rows, infer_schema_length=None)
-        store.write_table(path, [table.to_arrow()], call.fingerprint, UNITS)
+        store.write_table(path, [table.to_arrow()], call.fingerprint, UNITS, packages=made_with)
     log.info("%d rows of effects, %d SAEs", len(effects), len(saes))
+
+
+def _made_with(paths: list[Path]) -> dict[str, str]:
+    """Versions of the packages that the inputs were made with; several are listed."""
+    found = defaultdict(set)
+    for path in paths:
+        for name, number in store.file_packages(path).items():
+            found[name].add(number)
+    return {name: ", ".join(sorted(numbers)) for name, numbers in found.items()}
 
 
 def _special(paths: list[Path]) -> dict[tuple[str, str], np.ndarray]:

@@ -35,6 +35,12 @@ def _tokens(settings: dict, tokenizer, d_vocab: int) -> np.ndarray:
     path, context, wanted = Path(settings["path"]), settings["context"], settings["contexts"]
     if path.suffix == ".npy":
         tokens = corpora.ready_tokens(path, context, d_vocab)
+        missing = int((tokens[:, 0] != tokenizer.bos_token_id).sum())
+        if settings["prepend_bos"] and missing:
+            raise ValueError(
+                f"{path}: {missing} of {len(tokens)} contexts do not start with BOS ({tokenizer.bos_token_id}). "
+                "Say `prepend_bos: false` for this corpus, or put it there."
+            )
     else:
         # The corpus is untrusted text: "<|endoftext|>" spelt out in it must not become a special token.
         tokenizer.backend_tokenizer.encode_special_tokens = True
@@ -48,7 +54,8 @@ def _tokens(settings: dict, tokenizer, d_vocab: int) -> np.ndarray:
             f"{path} gives {len(tokens)} contexts of {context} tokens, but {wanted or 'at least 1'} are wanted. "
             "Use a longer text, a smaller `context`, or a smaller `contexts`."
         )
-    return tokens[:wanted]
+    # Spread over the corpus: neighbouring contexts share a document, and say less than distant ones.
+    return tokens if wanted is None else tokens[np.linspace(0, len(tokens) - 1, wanted).round().astype(int)]
 
 
 def main() -> None:

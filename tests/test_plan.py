@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from fakes import HOOK, sae, study
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import config, fingerprint
-from pipeline.plan import Plan, shard_bounds
+from pipeline.batches import BATCH, shard_bounds
+from pipeline.plan import Plan
 
 AGGREGATES = {"summary", "figures", "report"}
 
@@ -29,22 +31,33 @@ def changed_stages(before, after):
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(1, 300), st.integers(1, 16), st.data())
-def test_shards_hold_every_sequence_once_and_start_at_multiples_of_the_batch(sequences, batch, data):
-    count = data.draw(st.integers(1, -(-sequences // batch)))
-    bounds = [shard_bounds(sequences, f"{index}-of-{count}", batch) for index in range(count)]
+@given(st.integers(1, 300), st.data())
+def test_shards_hold_every_sequence_once_and_start_at_multiples_of_the_batch(sequences, data):
+    count = data.draw(st.integers(1, -(-sequences // BATCH)))
+    bounds = [shard_bounds(sequences, f"{index}-of-{count}") for index in range(count)]
     assert [sequence for start, stop in bounds for sequence in range(start, stop)] == list(range(sequences))
-    assert all(start % batch == 0 and start < stop for start, stop in bounds)
-    batches = [-(-(stop - start) // batch) for start, stop in bounds]
+    assert all(start % BATCH == 0 and start < stop for start, stop in bounds)
+    batches = [-(-(stop - start) // BATCH) for start, stop in bounds]
     assert max(batches) - min(batches) <= 1
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.integers(0, 300), st.integers(1, 16), st.integers(1, 20))
-def test_more_shards_than_batches_are_refused(sequences, batch, surplus):
-    batches = -(-sequences // batch)
+@given(st.integers(0, 300), st.integers(1, 20))
+def test_more_shards_than_batches_are_refused(sequences, surplus):
+    batches = -(-sequences // BATCH)
     with pytest.raises(ValueError, match=f"too few for {batches + surplus} shards. Set `shards` to {batches} or less"):
-        shard_bounds(sequences, f"0-of-{batches + surplus}", batch)
+        shard_bounds(sequences, f"0-of-{batches + surplus}")
+
+
+def test_the_plan_and_the_stages_have_the_same_batch():
+    assert config.BATCH == BATCH
+
+
+def test_a_changed_bos_makes_the_tokens_again(tmp_path):
+    configuration = study(tmp_path)
+    before = plan(configuration)
+    (Path(configuration["models"][0]["path"]) / "tokenizer_config.json").write_text('{"bos_token": "!"}')
+    assert "tokens" in changed_stages(before, plan(configuration))
 
 
 def test_every_input_is_a_job_of_the_plan_and_every_row_is_a_target(tmp_path):

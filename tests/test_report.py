@@ -31,7 +31,7 @@ def ratios(**values):
 def page(folder, rows, table=None, **settings):
     """The HTML page and the line of text."""
     summary, figure = folder / "effects.parquet", folder / "kl_by_layer.parquet"
-    frame(rows).write_parquet(summary)
+    store.write_table(summary, [frame(rows).to_arrow()], "0123", {}, packages={"torch": "1.2.3"})
     frame([saes_row()] if table is None else table).write_parquet(folder / "saes.parquet")
     figure.with_suffix(".svg").write_bytes(SVG)
     outputs = [folder / "report.html", folder / "headline.txt"]
@@ -206,3 +206,9 @@ def test_a_study_of_ablations_alone_has_a_page(tmp_path):
     assert "no KL ratio to report" in line
     assert cells(html, 0)[0][:3] == ["–", "1.resid_pre", "zero"]
     assert cells(html, 1) == []
+
+
+def test_the_page_names_the_versions_that_the_results_were_made_with(tmp_path):
+    """Not those that are installed when the page is written."""
+    html, _ = page(tmp_path, [row(), *CONTROLS])
+    assert "Results were made with torch 1.2.3." in html

@@ -185,7 +185,12 @@ def test_a_table_keeps_its_groups_units_and_attributes(tmp_path):
     assert table.to_pydict() == pa.concat_tables(groups).to_pydict()
     assert table.schema.field("kl").metadata[b"unit"] == b"nats"
     assert b"unit" not in (table.schema.field("intervention").metadata or {})
-    assert store.table_attributes(path) == {"sae": "late", "draws": 3, "patch_special": False}
+    assert store.table_attributes(path) == {
+        "sae": "late",
+        "draws": 3,
+        "patch_special": False,
+        "packages": store.packages(),
+    }
 
 
 def test_a_table_without_rows_is_a_table(tmp_path):

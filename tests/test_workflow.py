@@ -236,6 +236,23 @@ def test_a_killed_job_leaves_nothing_that_looks_finished(finished, tmp_path):
     assert target.read_bytes() == (finished / target.relative_to(project)).read_bytes()
 
 
+def test_an_intervention_of_ones_own_runs_and_is_in_the_figures(finished, tmp_path):
+    project = copy_project(tmp_path / "own")
+    shutil.copytree(finished / "results", project / "results")
+    source = project / "pipeline/interventions.py"
+    new = "@INTERVENTIONS.register\ndef towards_the_mean(x_hat: Acts, mean: Acts):\n    return (x_hat + mean) / 2\n"
+    source.write_text(f"{source.read_text()}\n\n{new}")
+    experiment = {"id": "own", "interventions": ["towards_the_mean"], "saes": ["resid"]}
+    config = with_config(project, experiments=lambda experiments: [*experiments, experiment])
+    run = snakemake(project, "--cores", "2", "results/figures/kl_by_layer.parquet", config=config)
+    assert run.returncode == 0, run.stdout + run.stderr
+    drawn = pl.read_parquet(project / "results/figures/kl_by_layer.parquet")
+    (row,) = drawn.filter(pl.col("intervention") == "towards_the_mean").rows(named=True)
+    assert row["kl_mean"] > 0
+    summary = pl.read_parquet(project / "results/summary/effects.parquet").filter(pl.col("experiment") == "own")
+    assert set(summary["intervention"]) == {"identity", "towards_the_mean"}
+
+
 def test_a_wrong_configuration_is_told_before_anything_runs(finished):
     config = with_config(finished, experiments=lambda _: [{"id": "main", "interventions": ["eps_randon"]}])
     found = snakemake(finished, "--cores", "1", config=config)
