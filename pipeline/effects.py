@@ -68,7 +68,7 @@ def maker(call: Call, name: str, files: dict[str, h5py.File]) -> Callable[[engin
             files["reconstructions"]["x_hat"], batch.first - start, batch.first - start + batch.count, call.device
         ),
         "noise": lambda batch: _noise(call.settings["seed"], name, batch),
-        "mean": lambda batch: torch.from_numpy(files["moments"]["mean"][:]),
+        "mean": lambda batch: torch.from_numpy(files["moments"]["mean"][:]).to(batch.x),
     }
     arguments = list(signature(INTERVENTIONS[name]).parameters)
     return lambda batch: INTERVENTIONS[name](**{argument: sources[argument](batch) for argument in arguments})

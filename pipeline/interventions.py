@@ -71,7 +71,7 @@ def zero(x: Acts) -> Acts:
 @INTERVENTIONS.register
 def mean(x: Acts, mean: Float[Tensor, " d"]) -> Acts:
     """The mean of x over the whole corpus, special tokens left out."""
-    return mean.to(x).expand_as(x).clone()
+    return mean.expand_as(x).clone()
 
 
 def standard_normal(
