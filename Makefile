@@ -4,7 +4,7 @@ CONFIG ?= config.yaml
 CORES ?= all
 BIN := .venv/bin
 
-.PHONY: run test check demo clean
+.PHONY: run test check benchmark demo clean
 
 run: .venv/installed
 	$(BIN)/python -m snakemake --cores $(CORES) --configfile $(CONFIG)
@@ -18,6 +18,10 @@ check: .venv/installed
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/python -m snakemake --lint
 	$(BIN)/python -m snakemake --dry-run --quiet all
+
+# Ours against plainer forms, as ratios; SMALL=--small only sees that it runs.
+benchmark: .venv/installed
+	PYTHONPATH=. $(BIN)/python benchmarks/kl.py $(SMALL)
 
 # Rebuilds every asset of demo/ from nothing; see demo/README.md.
 demo: .venv/installed

@@ -81,9 +81,8 @@ def measure(width: int, vocabulary: int, tokens: int, repeats: int) -> None:
     for name, form in forms.items():
         ratio = median(other / mine for other, mine in zip(seconds[name], seconds["ours"], strict=True))
         errors = [relative_error(form, size / 8, hidden[:256], target[:256], unembedding) for size in (1e-3, 1.0)]
-        print(
-            f"  {name:9} {ratio:5.2f} x the CPU time of ours   error {errors[0]:.1e} at small KL, {errors[1]:.1e} at large"
-        )
+        shown = f"error {errors[0]:.0e} at small KL, {errors[1]:.0e} at large"
+        print(f"  {name:9} {ratio:5.2f} x our CPU time   {shown}")
 
 
 def main() -> None:
