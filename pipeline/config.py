@@ -266,6 +266,8 @@ def _check_processing(what: str, trained_with: dict, model: Model) -> None:
 def _experiment(entry: dict, saes: MappingProxyType, corpora: MappingProxyType) -> Experiment:
     what = f"Experiment '{entry['id']}'"
     known = fingerprint.registered("interventions", "INTERVENTIONS")
+    if entry["interventions"] == ["identity"]:
+        raise ValueError(f"{what}: 'identity' is the control of other interventions. Name another one beside it.")
     for name in entry["interventions"]:
         for argument in known.get(name, []):
             if argument not in ARGUMENTS:

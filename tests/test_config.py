@@ -308,3 +308,8 @@ def test_planning_imports_nothing_heavy():
     code = f"import sys, pipeline.config, pipeline.plan; print({heavy} & sys.modules.keys())"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
+
+
+def test_an_experiment_of_nothing_but_the_control_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'identity' is the control of other interventions"):
+        config.load(study(tmp_path) | {"experiments": [{"id": "main", "interventions": ["identity"]}]})
