@@ -19,9 +19,9 @@ check: .venv/installed
 	$(BIN)/python -m snakemake --lint
 	$(BIN)/python -m snakemake --dry-run --quiet all
 
-# Ours against plainer forms, as ratios; SMALL=--small only sees that it runs.
+# The engine against the plain way, run_evals and the hardware's limit, as ratios; SMALL=--small only sees that it runs.
 benchmark: .venv/installed
-	PYTHONPATH=. $(BIN)/python benchmarks/kl.py $(SMALL)
+	$(BIN)/python -m benchmarks.run $(SMALL)
 
 # Rebuilds every asset of demo/ from nothing; see demo/README.md.
 demo: .venv/installed

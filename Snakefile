@@ -16,6 +16,7 @@ include: "workflow/rules/moments.smk"
 include: "workflow/rules/reconstructions.smk"
 include: "workflow/rules/effects.smk"
 include: "workflow/rules/ablations.smk"
+include: "workflow/rules/checks.smk"
 include: "workflow/rules/summary.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
@@ -30,4 +31,4 @@ onsuccess:
 rule all:
     default_target: True
     input:
-        [job.path for job in PLAN.targets],
+        list(dict.fromkeys(PLAN.step(job).path for job in PLAN.targets)),

@@ -1,25 +1,55 @@
-"""KL and cross-entropy of patched runs: ours against two plainer forms, interleaved, as ratios of CPU time.
-
-    python benchmarks/kl.py            # vocabularies of the demo and of GPT-2
-    python benchmarks/kl.py --small    # a second or two, to see that it still runs
+"""KL and cross-entropy of patched runs from the hidden states: ours against two plainer forms, and their errors.
 
 `log-sums` takes log q - log p as the logit difference less the difference of two log-sums; `plain` is `kl_div` of two
 log-softmaxes. Beside the time stands the largest relative error against float64 for a KL near 2e-7 and near 0.2 nats.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import Options, Table, interleaved, ratios, scale
 from pipeline import metrics
-from pipeline.decoder import Unembedding
+from pipeline.logits import Unembedding
 
 RUNS = 7
+CHUNK = 128  # tokens of the form `log-sums` at once
+
+
+def run(options: Options) -> list[Table]:
+    rounds = options.turns(7)
+    small = table(128, 2048, 256 if options.small else 1024, rounds)
+    return [small] if options.small else [small, table(768, 50257, 256, rounds)]
+
+
+def table(width: int, vocabulary: int, tokens: int, rounds: int) -> Table:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(width, vocabulary, generator=generator) * 8 / width**0.5
+    hidden = 0.5 * torch.randn(tokens, width, generator=generator)
+    runs = [hidden + 0.05 * torch.randn(hidden.shape, generator=generator) for _ in range(RUNS)]
+    target = torch.randint(vocabulary, (tokens,), generator=generator)
+    unembedding = Unembedding(lambda x: x, weight, torch.zeros(vocabulary))
+    forms = {"ours": ours, "log-sums": log_sums, "plain": plain}
+    times, _ = interleaved(
+        {name: partial(form, hidden, runs, target, unembedding) for name, form in forms.items()}, rounds
+    )
+    rows = []
+    for name, form in forms.items():
+        small, large = (relative_error(form, size / 8, hidden[:256], target[:256], unembedding) for size in (1e-3, 1.0))
+        rows.append(
+            {
+                "form": name,
+                **ratios("form / ours", times[name], times["ours"]),
+                **scale(times[name], "form"),
+                "error at small KL": small,
+                "error at large KL": large,
+            }
+        )
+    caption = f"Forms of the KL: width {width}, vocabulary {vocabulary}, {tokens} tokens, {RUNS} runs, {rounds} rounds."
+    return Table(caption, rows)
 
 
 def ours(hidden: Tensor, runs: list[Tensor], target: Tensor, unembedding: Unembedding) -> Tensor:
@@ -28,12 +58,12 @@ def ours(hidden: Tensor, runs: list[Tensor], target: Tensor, unembedding: Unembe
 
 def log_sums(hidden: Tensor, runs: list[Tensor], target: Tensor, unembedding: Unembedding) -> Tensor:
     found = []
-    for rows in torch.arange(len(hidden)).split(metrics.CHUNK_TOKENS):
+    for rows in torch.arange(len(hidden)).split(CHUNK):
         z = unembedding.products(hidden[rows])
         log_sum = z.logsumexp(-1, keepdim=True)
         p, top = (z - log_sum).exp(), z.argmax(-1)
         for run in runs:
-            d = unembedding.difference(hidden[rows], run[rows], z)
+            d = unembedding.difference(run[rows] - hidden[rows], z)
             logits = z + d
             q_sum = logits.logsumexp(-1, keepdim=True)
             x = d - (q_sum - log_sum)
@@ -60,41 +90,3 @@ def relative_error(form: Callable, size: float, hidden: Tensor, target: Tensor, 
     chosen = expected > 1e-7
     found = form(hidden, [other], target, unembedding)[0].double()
     return ((found - expected).abs() / expected)[chosen].max().item()
-
-
-def measure(width: int, vocabulary: int, tokens: int, repeats: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(width, vocabulary, generator=generator) * 8 / width**0.5
-    hidden = 0.5 * torch.randn(tokens, width, generator=generator)
-    runs = [hidden + 0.05 * torch.randn(hidden.shape, generator=generator) for _ in range(RUNS)]
-    target = torch.randint(vocabulary, (tokens,), generator=generator)
-    unembedding = Unembedding(lambda x: x, weight, torch.zeros(vocabulary), 0.0)
-    forms = {"ours": ours, "log-sums": log_sums, "plain": plain}
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for repeat in range(repeats + 1):
-        for name, form in forms.items():
-            began = time.process_time()
-            form(hidden, runs, target, unembedding)
-            if repeat:  # the first round warms up
-                seconds[name].append(time.process_time() - began)
-    print(f"width {width}, vocabulary {vocabulary}, {tokens} tokens, {RUNS} runs, {repeats} rounds:")
-    for name, form in forms.items():
-        ratio = median(other / mine for other, mine in zip(seconds[name], seconds["ours"], strict=True))
-        errors = [relative_error(form, size / 8, hidden[:256], target[:256], unembedding) for size in (1e-3, 1.0)]
-        shown = f"error {errors[0]:.0e} at small KL, {errors[1]:.0e} at large"
-        print(f"  {name:9} {ratio:5.2f} x our CPU time   {shown}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="only see that it runs")
-    small = parser.parse_args().small
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        measure(128, 2048, 256 if small else 1024, 1 if small else 9)
-        if not small:
-            measure(768, 50257, 256, 5)
-
-
-if __name__ == "__main__":
-    main()

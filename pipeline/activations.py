@@ -1,36 +1,44 @@
-"""Stage `activations`: the activation at a hook over a shard, and the stream from which a patched run resumes."""
+"""Stage `activations`: the activation at hooks over a shard, and the stream from which a patched run resumes.
+
+One forward pass serves all hooks of a batch; each has its own file.
+"""
+
+from contextlib import ExitStack
 
 import torch
 
 from pipeline import batches, decoder, models, store
-from pipeline.stage import Call, log, run
+from pipeline.stage import Call, log, run_batch
 
 AXES = {"activation": "seq pos d", "stream": "seq pos d_model"}
 
 
-def work(call: Call) -> None:
+def work(calls: list[Call]) -> None:
+    call = calls[0]  # they differ in their hooks only
     torch.set_num_threads(call.threads)
     weights = models.load(call.input("weights"), call.device)
-    model = decoder.decoder(weights)
-    hook = decoder.hook_of(call.key["hook"], weights)
-    with store.arrays(call.input("tokens"), {"token": "seq pos"}) as tokens:
-        start, stop = batches.shard_bounds(len(tokens["token"]), call.key["shard"])
+    model = decoder.in_precision(weights, call.settings["precision"], call.device)
+    hooks = [decoder.hook_of(each.key["hook"], weights) for each in calls]
+    with ExitStack() as stack:
+        tokens = stack.enter_context(store.arrays(call.input("tokens"), {"token": "seq pos"}))["token"]
+        start, stop = batches.shard_bounds(len(tokens), call.key["shard"])
 
-        def read(first: int, last: int) -> dict[str, torch.Tensor]:
-            rows = batches.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
-            return checked(first, hook.name, *model.read(rows, hook))
+        def read(first: int, last: int) -> list[dict[str, torch.Tensor]]:
+            rows = batches.filled(torch.from_numpy(tokens[first:last]).to(call.device).long())
+            found = model.read(rows, hooks)
+            return [checked(first, hook.name, *pair) for hook, pair in zip(hooks, found, strict=True)]
 
-        shapes = {name: (stop - start, *value.shape[1:]) for name, value in read(0, 1).items()}
-        with store.new_arrays(call.output, call.fingerprint, AXES, shapes, **call.key, first=start) as file:
-            for first, last in batches.ranges(start, stop):
-                for name, value in read(first, last).items():
+        files = []
+        for each, values in zip(calls, read(start, start + 1), strict=True):
+            shapes = {name: (stop - start, *value.shape[1:]) for name, value in values.items()}
+            new = store.new_arrays(each.output, each.fingerprint, AXES, shapes, **each.key, first=start)
+            files.append(stack.enter_context(new))
+        for first, last in batches.ranges(start, stop):
+            for file, values in zip(files, read(first, last), strict=True):
+                for name, value in values.items():
                     file[name][first - start : last - start] = value[: last - first].cpu().numpy()
-    log.info(
-        "%s: %d sequences of %s",
-        hook.name,
-        stop - start,
-        "activation and stream" if "stream" in shapes else "activation",
-    )
+    for hook, file in zip(hooks, files, strict=True):
+        log.info("%s: %d sequences of %s", hook.name, stop - start, " and ".join(file))
 
 
 def checked(first: int, name: str, x: torch.Tensor, stream: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -48,7 +56,7 @@ def checked(first: int, name: str, x: torch.Tensor, stream: torch.Tensor | None)
 
 def main() -> None:
     with torch.inference_mode():
-        run("activations", work)
+        run_batch("activations", work)
 
 
 if __name__ == "__main__":

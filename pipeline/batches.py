@@ -4,11 +4,15 @@ Every batch has exactly BATCH sequences (the last one is filled up with copies o
 start at multiples of it, so that a token's numbers are the same bits whatever the number of shards.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Place, Read = TypeVar("Place"), TypeVar("Read")
 # Sequences; as many as in an HDF5 chunk, so that a batch is read in one piece.
 BATCH = 8
 
@@ -17,6 +21,18 @@ def ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """(first, last+1) sequence of each micro-batch between two sequences."""
     for first in range(start, stop, BATCH):
         yield first, min(first + BATCH, stop)
+
+
+def ahead(read: Callable[[Place], Read], places: Iterable[Place], workers: int = 1) -> Iterator[Read]:
+    """`read` of each place, in order; while one is worked on, the next are read, one by each worker."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for place in places:
+            waiting.append(pool.submit(read, place))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def filled(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ AXES = {"final": "seq pos d_model", "ce": "seq pos", "entropy": "seq pos", "top1
 def work(call: Call) -> None:
     torch.set_num_threads(call.threads)
     weights = models.load(call.input("weights"), call.device)
-    model = decoder.decoder(weights)
+    model = decoder.in_precision(weights, call.settings["precision"], call.device)
     with store.arrays(call.input("tokens"), {"token": "seq pos"}) as tokens:
         start, stop = batches.shard_bounds(len(tokens["token"]), call.key["shard"])
         shape = (stop - start, tokens["token"].shape[1])
@@ -28,7 +28,7 @@ def work(call: Call) -> None:
         ) as file:
             for first, last in batches.ranges(start, stop):
                 batch = batches.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
-                values = engine.clean_values(model, batch)
+                values = engine.clean_values(model, batch, call.budget)
                 for name, value in values.items():
                     file[name][first - start : last - start] = value[: last - first].cpu().numpy()
                 ce.append(values["ce"][: last - first, :-1].cpu().numpy())

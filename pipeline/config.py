@@ -72,6 +72,8 @@ class Study:
 
     seed: int
     shards: int
+    batch: int
+    precision: MappingProxyType
     bootstrap: MappingProxyType
     models: MappingProxyType
     corpora: MappingProxyType
@@ -91,8 +93,9 @@ def load(config: dict) -> Study:
             shards = config["shards"]
             raise ValueError(f"Corpus '{corpus.id}': {made}, too few for {shards} shards. Lower `shards`.")
     experiments = _by_id("experiments", [_experiment(entry, saes, corpora) for entry in config["experiments"]])
-    bootstrap = MappingProxyType(config["bootstrap"])
-    return Study(config["seed"], config["shards"], bootstrap, models, corpora, saes, experiments)
+    precision, bootstrap = MappingProxyType(config["precision"]), MappingProxyType(config["bootstrap"])
+    sizes = config["seed"], config["shards"], config["batch"]
+    return Study(*sizes, precision, bootstrap, models, corpora, saes, experiments)
 
 
 def validate(config: dict) -> dict:

@@ -61,6 +61,12 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_bytes(), filename=str(path))
 
 
+def _version(path: Path) -> tuple[int, int]:
+    """What tells a changed source from the one that was looked at before."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
 def _reached(module: str, package: Path) -> set[str]:
     """In-package modules that `module` imports, directly or not, and itself."""
     reached, pending = set(), [module]
@@ -74,6 +80,11 @@ def _reached(module: str, package: Path) -> set[str]:
 
 def imports(path: Path, package: Path = PACKAGE) -> list[str]:
     """The modules of this package that a file imports, at top level or inside a function."""
+    return _imports(path, package, _version(path))
+
+
+@cache
+def _imports(path: Path, package: Path, version: tuple[int, int]) -> list[str]:
     found = []
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
@@ -88,6 +99,11 @@ def imports(path: Path, package: Path = PACKAGE) -> list[str]:
 
 
 def _module_digest(path: Path, names: frozenset[str]) -> str:
+    return _digest_of_source(path, names, _version(path))
+
+
+@cache
+def _digest_of_source(path: Path, names: frozenset[str], version: tuple[int, int]) -> str:
     tree = _tree(path)
     tree.body = [node for node in tree.body if _registry_of(node) is None or node.name in names]
     for node in ast.walk(tree):

@@ -9,6 +9,8 @@ All are `seq pos d` except `mean`, ` d`. None changes its arguments.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
+from inspect import signature
 
 import torch
 from jaxtyping import Float
@@ -72,6 +74,16 @@ def zero(x: Acts) -> Acts:
 def mean(x: Acts, mean: Float[Tensor, " d"]) -> Acts:
     """The mean of x over the whole corpus, special tokens left out."""
     return mean.expand_as(x).clone()
+
+
+def arguments(name: str) -> list[str]:
+    """What an intervention takes, by name."""
+    return list(signature(INTERVENTIONS[name]).parameters)
+
+
+def x_new(name: str, sources: Mapping[str, Callable[[], Tensor]]) -> Acts:
+    """What an intervention writes; of the `sources` those that it takes are fetched."""
+    return INTERVENTIONS[name](**{argument: sources[argument]() for argument in arguments(name)})
 
 
 def standard_normal(

@@ -10,6 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+# Positions for which rotary tables are stored; no SAE that we know was trained on longer contexts.
+CONTEXT = 8192
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -70,9 +73,21 @@ def _plain(settings: dict) -> dict:
 
 
 def _parameters(model) -> dict[str, torch.Tensor]:
-    """The state dict without the buffers that follow from the configuration (masks, rotary tables)."""
-    named = dict(model.named_parameters())
-    return {name: tensor.detach().contiguous().clone() for name, tensor in named.items()}
+    """The state dict without the buffers that follow from the configuration, and the tables of rotary positions."""
+    named = {name: tensor.detach().contiguous().clone() for name, tensor in model.named_parameters()}
+    return named | _rotary_tables(model)
+
+
+def _rotary_tables(model) -> dict[str, torch.Tensor]:
+    """`rotary.{kind}.cos` and `.sin`, `pos rotary_dim`, of the first CONTEXT positions, for each kind of attention."""
+    tables = {}
+    if model.cfg.positional_embedding_type == "rotary":
+        for attention in (block.attn for block in model.blocks):
+            if f"rotary.{attention.attn_type}.cos" not in tables:
+                length, base = min(model.cfg.n_ctx, CONTEXT), attention._rotary_base()
+                sin, cos = attention.calculate_sin_cos_rotary(model.cfg.rotary_dim, length, base, torch.float32)
+                tables |= {f"rotary.{attention.attn_type}.sin": sin, f"rotary.{attention.attn_type}.cos": cos}
+    return tables
 
 
 def checked(weights: Weights, source: object) -> Weights:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline import batches, saes, store
-from pipeline.stage import Call, log, run
+from pipeline.stage import Call, log, run_batch
 from pipeline.types import Acts
 
 PER_TOKEN = ("l0", "l1", "norm", "sae_norm", "eps", "cos")
@@ -28,7 +28,13 @@ def per_token(x: Acts, x_hat: Acts, features: Tensor) -> dict[str, Tensor]:
     }
 
 
-def work(call: Call) -> None:
+def work(calls: list[Call]) -> None:
+    for call in calls:
+        make(call)
+
+
+def make(call: Call) -> None:
+    """One SAE over its shard."""
     torch.set_num_threads(call.threads)
     sae = saes.load_folder(Path(call.settings["path"]), call.device)
     axes = {"activation": "seq pos d"}
@@ -85,7 +91,7 @@ def _check(x_hat: Tensor, x: Tensor, call: Call, first: int) -> None:
 
 def main() -> None:
     with torch.inference_mode():
-        run("reconstructions", work)
+        run_batch("reconstructions", work)
 
 
 if __name__ == "__main__":

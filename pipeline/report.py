@@ -94,6 +94,21 @@ def noise_floor(effects: pl.DataFrame) -> dict:
     }
 
 
+def checked(tables: list[pl.DataFrame]) -> dict:
+    """The evaluation in float64 beside the stored numbers: how much was checked, and the largest errors."""
+    rows = pl.concat(tables)
+    sizeable = rows.filter(pl.col("kl_worst_relative").is_not_null(), pl.col("kl_mean_float64") > 0)
+    return {
+        "places": rows.height,
+        "tokens": rows["n_tokens"].max(),
+        "mean": (sizeable["kl_mean"] / sizeable["kl_mean_float64"] - 1).abs().max(),
+        "token": rows["kl_worst_relative"].max(),
+        "absolute": rows["kl_worst"].max(),
+        "ce": rows["ce_worst"].max(),
+        "top1": rows["top1_agreement"].min(),
+    }
+
+
 def work(call: Call) -> None:
     path = call.input("summary")
     summary, saes = pl.read_parquet(path), pl.read_parquet(path.with_name("saes.parquet"))
@@ -110,6 +125,7 @@ def work(call: Call) -> None:
         "sae_columns": {name: name for name in several if name != "experiment"} | SAE_COLUMNS,
         "saes": [_shown(row) for row in sorted(saes.rows(named=True), key=lambda row: row["layer"])],
         "noise": noise_floor(summary),
+        "checks": checked([pl.read_parquet(path) for path in call.inputs["checks"]]),
         "tokens": rows["n_tokens"].max(),
         "confidence": confidence,
         "samples": call.settings["bootstrap"]["samples"],

@@ -1,4 +1,8 @@
-"""How a stage is started: `python -m pipeline.<stage> --job JSON --in FILES --out FILES`."""
+"""How a stage is started: `python -m pipeline.<stage> --job JSON --out FILES`.
+
+The job is a list of items as planned, each with its settings, its inputs with their fingerprints, and its file. Most
+stages make one item a job; those that pay much for starting make several (`run_batch`).
+"""
 
 import argparse
 import json
@@ -7,7 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import fingerprint, store
@@ -17,7 +21,7 @@ log = logging.getLogger("faithful")
 
 @dataclass(frozen=True)
 class Call:
-    """What a stage is asked to do. `inputs` are the files by role, each role's in the order of the plan."""
+    """What a stage is asked to make. `inputs` are the files by role, each role's in the order of the plan."""
 
     key: dict[str, str]
     settings: dict
@@ -26,6 +30,7 @@ class Call:
     fingerprint: str
     threads: int
     device: str
+    budget: int
 
     def input(self, role: str) -> Path:
         (path,) = self.inputs[role]
@@ -35,17 +40,69 @@ class Call:
     def output(self) -> Path:
         return self.outputs[0]
 
+    @property
+    def name(self) -> str:
+        """The item in a few words, for messages."""
+        return " ".join(self.key.values())
+
 
 def run(stage: str, work: Callable[[Call], None]) -> None:
-    """The `main` of every stage: read the command line, refuse stale code and stale inputs, do the work.
+    """The `main` of a stage that makes one item: read the command line, refuse stale code and stale inputs, do the
+    work."""
 
-    A ValueError or OSError is a message for the user: it is printed without a traceback, and the exit status is 1.
+    def one(items: list[dict], arguments: argparse.Namespace) -> None:
+        (item,) = items
+        work(replace(_call(stage, item, arguments), outputs=arguments.outputs))
+
+    _main(stage, one)
+
+
+def run_batch(stage: str, work: Callable[[list[Call]], None]) -> None:
+    """The `main` of a stage that makes several items: those whose file is current are left alone, and the stamp is
+    written when all are there.
+
+    Where the work on several fails, each is tried alone, so that one bad SAE does not stop the others.
     """
+
+    def several(items: list[dict], arguments: argparse.Namespace) -> None:
+        pending = [item for item in items if not store.is_current(Path(item["path"]), item["fingerprint"])]
+        log.info("%s: %d of %d items to make", stage, len(pending), len(items))
+        calls = [_call(stage, item, arguments) for item in pending]
+        try:
+            if calls:
+                work(calls)
+        except ValueError as error:
+            if len(calls) == 1:
+                raise
+            log.error("error: %s", error)
+            _one_by_one(calls, work)
+        stamp = json.dumps({item["path"]: item["fingerprint"] for item in items}, indent=1)
+        store.write_text(arguments.outputs[0], stamp + "\n")
+
+    _main(stage, several)
+
+
+def _one_by_one(calls: list[Call], work: Callable[[list[Call]], None]) -> None:
+    failed = []
+    for call in calls:
+        if not store.is_current(call.output, call.fingerprint):
+            log.info("now alone: %s", call.name)
+            try:
+                work([call])
+            except ValueError as error:
+                failed.append(f"{call.name}: {error}")
+    if failed:
+        raise ValueError("\n".join(failed))
+
+
+def _main(stage: str, work: Callable[[list[dict], argparse.Namespace], None]) -> None:
+    """A ValueError or OSError is a message for the user: it is printed without a traceback, and the exit status is
+    1."""
     arguments = _parser(stage).parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    job, began = json.loads(arguments.job), time.monotonic()
+    items, began = json.loads(arguments.job), time.monotonic()
     try:
-        work(_call(stage, job, arguments))
+        work(items, arguments)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
         raise SystemExit(1) from None
@@ -56,27 +113,35 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m pipeline.{stage}", description=f"The stage '{stage}'; started by Snakemake."
     )
-    parser.add_argument("--job", required=True, help="the job as planned, in JSON")
-    parser.add_argument(
-        "--in", dest="inputs", nargs="*", default=[], type=Path, help="input files, in the order of the plan"
-    )
+    parser.add_argument("--job", required=True, help="the items as planned, in JSON")
     parser.add_argument("--out", dest="outputs", nargs="+", required=True, type=Path, help="output files")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--budget", type=int, default=256, help="memory for logits, in MiB")
     return parser
 
 
-def _call(stage: str, job: dict, arguments: argparse.Namespace) -> Call:
-    if job["stage"] != stage:
-        raise ValueError(f"A job of the stage '{job['stage']}' was given to '{stage}'.")
-    if fingerprint.code_digest(stage, frozenset(job["names"])) != job["code"]:
+def _call(stage: str, item: dict, arguments: argparse.Namespace) -> Call:
+    if item["stage"] != stage:
+        raise ValueError(f"A job of the stage '{item['stage']}' was given to '{stage}'.")
+    if fingerprint.code_digest(stage, frozenset(item["names"])) != item["code"]:
         raise ValueError(f"The source of '{stage}' changed after this job was planned. Run snakemake again.")
-    if len(arguments.inputs) != len(job["inputs"]):
-        raise ValueError(
-            f"'{stage}' was given {len(arguments.inputs)} input files, but the job has {len(job['inputs'])}."
-        )
+    return Call(
+        item["key"],
+        item["settings"],
+        _inputs(stage, item["inputs"]),
+        [Path(item["path"])],
+        item["fingerprint"],
+        arguments.threads,
+        arguments.device,
+        arguments.budget,
+    )
+
+
+def _inputs(stage: str, planned: list[list[str]]) -> dict[str, list[Path]]:
     inputs = defaultdict(list)
-    for (role, expected), path in zip(job["inputs"], arguments.inputs, strict=True):
+    for role, name, expected in planned:
+        path = Path(name)
         if not path.exists():
             raise ValueError(f"The input '{path}' of '{stage}' is missing. Run snakemake again to make it.")
         found = store.read_fingerprint(path)
@@ -86,12 +151,4 @@ def _call(stage: str, job: dict, arguments: argparse.Namespace) -> Call:
                 "settings. Delete it and run again."
             )
         inputs[role].append(path)
-    return Call(
-        job["key"],
-        job["settings"],
-        dict(inputs),
-        arguments.outputs,
-        job["fingerprint"],
-        arguments.threads,
-        arguments.device,
-    )
+    return dict(inputs)

@@ -110,6 +110,49 @@ def arrays(path: Path, axes: dict[str, str]) -> Iterator[h5py.File]:
         yield file
 
 
+class Spool:
+    """Results of an unfinished item, kept on disk as they are made, so that a killed job goes on where it was.
+
+    float32 `value patch seq pos`, where NaN means that nothing is there yet: a sequence counts only when all of it is
+    there. The whole file is written at the start, so that a full disk is found then. It stands beside the item, with
+    its fingerprint in the name; those of other fingerprints are removed.
+    """
+
+    def __init__(self, item: Path, fingerprint: str, shape: tuple[int, int, int, int]):
+        self.path = item.parent / f".{item.name}.{fingerprint}.spool"
+        for stale in item.parent.glob(f".{item.name}.*.spool"):
+            if stale != self.path:
+                stale.unlink(missing_ok=True)
+        size = 4 * int(np.prod(shape))
+        if not self.path.exists() or self.path.stat().st_size != size:
+            with written(self.path, size) as part, open(part, "wb") as file:
+                for _ in range(shape[0]):
+                    np.full(shape[1:], np.nan, np.float32).tofile(file)
+        self.values = np.memmap(self.path, np.float32, "r+", shape=shape)
+
+    @property
+    def done(self) -> int:
+        """Sequences that are complete, from the first."""
+        missing = np.zeros(self.values.shape[2], bool)
+        for value in self.values:
+            missing |= np.isnan(value).any(axis=(0, 2))
+        return int(missing.argmax()) if missing.any() else len(missing)
+
+    def put(self, first: int, values: np.ndarray) -> None:
+        """Keep `value patch seq pos` of the sequences that begin with `first`. NaN, for what is not defined, is kept as
+        an infinity."""
+        self.values[:, :, first : first + values.shape[2]] = np.where(np.isnan(values), np.inf, values)
+
+    def get(self, patch: int, place: slice) -> np.ndarray:
+        """`value seq pos` of a patch as it was put."""
+        values = np.array(self.values[:, patch, place])
+        values[np.isinf(values)] = np.nan
+        return values
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
 def write_table(
     path: Path, groups: Iterable[pa.Table], fingerprint: str, units: Mapping[str, str], /, **attributes
 ) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline import models
-from pipeline.decoder import Hooked, Lean
+from pipeline.hooked import Hooked
+from pipeline.lean import Lean
 from pipeline.models import Weights
 
 ROOT = Path(__file__).parent.parent
@@ -42,28 +43,39 @@ def random_weights(seed: int = 0, **settings) -> Weights:
     return Weights(models._plain(model.cfg.to_dict()), models._parameters(model))
 
 
+ROTARY = {"positional_embedding_type": "rotary", "rotary_dim": 8}
+LOCAL = {"use_local_attn": True, "window_size": 4, "attn_types": ["global", "local"]}
+GATED = {"normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu", "final_rms": True}
 FAMILIES = {
     "gpt2": {},
     "gpt2 folded": {"normalization_type": "LNPre"},
-    "pythia": {"positional_embedding_type": "rotary", "rotary_dim": 4, "parallel_attn_mlp": True, "act_fn": "gelu"},
-    "llama": {
-        "positional_embedding_type": "rotary",
-        "rotary_dim": 8,
-        "normalization_type": "RMS",
-        "gated_mlp": True,
-        "act_fn": "silu",
-        "n_key_value_heads": 1,
-        "final_rms": True,
-    },
-    "gemma-2": {
-        "positional_embedding_type": "rotary",
-        "rotary_dim": 8,
+    "gpt2 of stanford": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt-neo": LOCAL | {"use_attn_scale": False},
+    "gpt-j": ROTARY | {"rotary_dim": 4, "rotary_adjacent_pairs": True, "parallel_attn_mlp": True},
+    "pythia": ROTARY | {"rotary_dim": 4, "parallel_attn_mlp": True, "act_fn": "gelu"},
+    "llama": ROTARY | GATED | {"n_key_value_heads": 1},
+    "llama-3": ROTARY | GATED | {"use_NTK_by_parts_rope": True, "NTK_original_ctx_len": 6},
+    "mistral": ROTARY | GATED | LOCAL | {"n_key_value_heads": 1},
+    "gemma-2": ROTARY
+    | GATED
+    | LOCAL
+    | {
         "normalization_type": "RMSPre",
-        "gated_mlp": True,
         "act_fn": "gelu_pytorch_tanh",
-        "final_rms": True,
         "output_logits_soft_cap": 3.0,
         "attn_scores_soft_cap": 5.0,
+        "use_normalization_before_and_after": True,
+        "n_key_value_heads": 1,
+    },
+    "gemma-3": ROTARY
+    | GATED
+    | LOCAL
+    | {
+        "act_fn": "gelu_pytorch_tanh",
+        "use_qk_norm": True,
+        "rotary_base": 1000000.0,
+        "rotary_base_local": 100.0,
+        "use_normalization_before_and_after": True,
     },
 }
 

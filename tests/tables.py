@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from pipeline import effects, store
+from pipeline.hooks import parse_hook
 from pipeline.stage import Call
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -17,7 +18,7 @@ POINTS = ("kl_median", "kl_p90", "kl_p99", "kl_p999", "delta_ce_median")
 
 def call(outputs, inputs, key=None, **settings) -> Call:
     settings = {"seed": 0, "bootstrap": {"samples": 400, "confidence": 0.95}} | settings
-    return Call(key or {}, settings, inputs, outputs, "f00d", 1, "cpu")
+    return Call(key or {}, settings, inputs, outputs, "f00d", 1, "cpu", 1)
 
 
 def arrays(path: Path, axes: str, values: dict, **attributes) -> Path:
@@ -42,13 +43,14 @@ def table(path: Path, special, ce_clean, values: dict, first: int = 0, **place) 
     ce_clean = np.asarray(ce_clean, np.float32)
     clean = {"ce": ce_clean, "entropy": np.ones_like(ce_clean)}
     paths = tokens(path.parent, special), arrays(path.with_suffix(".h5"), "seq pos", clean, first=first)
-    kinds = {"kl": np.float32, "ce": np.float32, "top1_agrees": bool}
-    stacks = zip(kinds.items(), zip(*values.values(), strict=True), strict=True)
-    stacked = {name: np.array(parts).astype(kind) for (name, kind), parts in stacks}
-    attributes = {name: value for name, value in (PLACE | place).items() if value is not None}
-    asked = call([path], {}, interventions=list(values), scope="all", patch_special=False)
+    stacked = np.stack([np.asarray(triple, np.float32) for triple in values.values()], axis=1)
+    key = {name: value for name, value in (PLACE | place).items() if value is not None}
+    asked = call([path], {}, key, interventions=list(values), scope="all", patch_special=False, model=key["model"])
+    spool = store.Spool(path, "f00d", stacked.shape)
+    spool.put(0, stacked)
     with store.arrays(paths[0], {}) as words, store.arrays(paths[1], {}) as file:
-        effects.write(asked, {"tokens": words, "clean": file}, stacked, {}, attributes)
+        effects.write(effects.Item(asked, parse_hook(key["hook"]), {}, None, spool), words, file)
+    spool.remove()
     return path
 
 

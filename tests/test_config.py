@@ -54,7 +54,7 @@ BAD = {
     # Keys and values.
     "misspelt key": (
         lambda c, folder: c.update(shard=2),
-        "top level: Unknown key 'shard' … Did you mean 'shards'? … Known: bootstrap",
+        "top level: Unknown key 'shard' … Did you mean 'shards'? … Known: batch, bootstrap",
     ),
     "misspelt key of an entry": (
         entry("corpora", contxt=8),
@@ -73,6 +73,15 @@ BAD = {
     "empty section": (lambda c, folder: c.update(saes=[]), "saes: []"),
     "no shards": (lambda c, folder: c.update(shards=0), "shards: 0 is less than the minimum of 1 … Into how many jobs"),
     "half a shard": (lambda c, folder: c.update(shards=1.5), "shards: found 1.5 (float) … expected integer"),
+    "no SAEs in a job": (lambda c, folder: c.update(batch=0), "batch: 0 is less than the minimum of 1 … How many SAEs"),
+    "unknown precision": (
+        lambda c, folder: c.update(precision={"blocks": "bfloat16"}),
+        "precision.blocks: 'bfloat16' is not one of ['float32', 'tf32']",
+    ),
+    "precision of something else": (
+        lambda c, folder: c.update(precision={"block": "tf32"}),
+        "precision: Unknown key 'block' … Did you mean 'blocks'? Known: blocks, difference",
+    ),
     "contexts of one token": (entry("corpora", context=1), "corpora[0].context: 1 is less than the minimum of 2"),
     "a number that YAML reads as text": (
         lambda c, folder: c.update(yaml.safe_load("bootstrap: {confidence: 1e-4}")),
@@ -248,6 +257,7 @@ def test_a_whole_number_with_a_point_is_refused_because_it_would_seed_other_nois
 def test_what_is_left_out_gets_its_default(tmp_path):
     loaded = config.load(study(tmp_path))
     assert (loaded.seed, loaded.shards, dict(loaded.bootstrap)) == (0, 1, {"samples": 2000, "confidence": 0.95})
+    assert (loaded.batch, dict(loaded.precision)) == (8, {"blocks": "float32", "difference": "float32"})
     assert dict(loaded.models["tiny"].processing) == UNPROCESSED
     corpus, experiment = loaded.corpora["story"], loaded.experiments["main"]
     assert (corpus.column, corpus.context, corpus.contexts, corpus.prepend_bos) == ("text", 16, None, True)
@@ -257,11 +267,12 @@ def test_what_is_left_out_gets_its_default(tmp_path):
 
 
 def test_what_is_given_is_kept(tmp_path):
-    given = study(tmp_path) | {"seed": 7, "bootstrap": {"samples": 500}}
+    given = study(tmp_path) | {"seed": 7, "bootstrap": {"samples": 500}, "batch": 3, "precision": {"blocks": "tf32"}}
     given["models"][0]["processing"] = {"center_unembed": True}
     given["experiments"][0] |= {"saes": ["late"], "patch_special": True}
     loaded = config.load(given)
     assert (loaded.seed, dict(loaded.bootstrap)) == (7, {"samples": 500, "confidence": 0.95})
+    assert (loaded.batch, dict(loaded.precision)) == (3, {"blocks": "tf32", "difference": "float32"})
     assert dict(loaded.models["tiny"].processing) == UNPROCESSED | {"center_unembed": True}
     assert (loaded.experiments["main"].saes, loaded.experiments["main"].patch_special) == (("late",), True)
 

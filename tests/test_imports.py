@@ -9,18 +9,19 @@ from fakes import ROOT
 
 # A module imports from the rows above its own, never from its own row or from one below.
 LAYERS = (
-    ("types", "registry", "fingerprint"),
-    ("hooks",),
+    ("types", "registry", "fingerprint", "linear", "rows", "workers"),
+    ("hooks", "logits"),
     ("config", "store", "corpora", "interventions", "statistics", "models", "saes"),
-    ("plan", "stage", "decoder", "batches"),
-    ("metrics",),
+    ("plan", "stage", "lean", "batches", "metrics"),
+    ("hooked",),
+    ("decoder",),
     ("engine",),
-    ("tokens", "weights", "clean", "activations", "moments", "reconstructions", "effects"),
+    ("tokens", "weights", "clean", "activations", "moments", "reconstructions", "effects", "checks"),
     ("summary", "figures", "report"),
     ("ablations",),  # The same measurement as effects, without an SAE.
 )
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row}
-HOME = {"transformer_lens": {"models", "decoder"}, "sae_lens": {"saes"}}
+HOME = {"transformer_lens": {"models", "hooked"}, "sae_lens": {"saes"}, "numba": {"rows"}}
 LIGHT = ("config", "plan", "store", "stage", "fingerprint", "summary", "statistics", "figures", "report", "moments")
 
 

@@ -2,12 +2,14 @@
 
 import math
 
+import numba
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from pipeline import metrics
-from pipeline.decoder import Unembedding
+from pipeline import metrics, rows
+from pipeline.logits import Unembedding
 
 
 def identity_unembedding(d: int, soft_cap: float = 0.0) -> Unembedding:
@@ -95,17 +97,98 @@ def test_saturated_logits_give_finite_numbers():
     assert values([1000.0, 0.0], [1000.0, 0.0])["kl"] == 0.0
 
 
-def test_where_chunks_are_cut_does_not_matter(monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 31, 100, 700])
+def test_where_chunks_are_cut_does_not_matter(tokens, monkeypatch):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(100, 8), torch.randn(8, 50)
-    runs, target = [hidden + 0.1 * torch.randn(100, 8) for _ in range(3)], torch.randint(50, (100,))
-    unembedding = Unembedding(lambda x: x, weight, torch.zeros(50), 0.0)
+    hidden, weight = torch.randn(tokens, 8), torch.randn(8, 50)
+    runs, target = [hidden + 0.1 * torch.randn(tokens, 8) for _ in range(3)], torch.randint(50, (tokens,))
+    unembedding = Unembedding(lambda x: x, weight, torch.zeros(50))
     whole = metrics.patched_values(hidden, runs, target, unembedding)
-    monkeypatch.setattr(metrics, "CHUNK_TOKENS", 16)
+    monkeypatch.setitem(metrics.MOST_TOKENS, "cpu", 16)
     cut = metrics.patched_values(hidden, runs, target, unembedding)
     for name in whole:
         assert_close(cut[name], whole[name], rtol=1e-5, atol=1e-9)
-        assert whole[name].shape == (3, 100)
+        assert whole[name].shape == (3, tokens)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_tokens_with_many_runs_share_products_and_keep_their_order(count, threads):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 8), torch.randn(8, 50)
+    runs, target = [hidden + (i + 1) * 0.01 for i in range(count)], torch.randint(50, (5,))
+    unembedding = Unembedding(lambda x: x, weight, torch.zeros(50))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = metrics.patched_values(hidden, runs, target, unembedding)
+        alone = [metrics.patched_values(hidden, [run], target, unembedding) for run in runs]
+    finally:
+        torch.set_num_threads(before)
+    for name in together:
+        assert_close(together[name], torch.cat([each[name] for each in alone]), rtol=1e-4, atol=1e-9)
+
+
+def test_a_run_of_few_distinct_sequences_equals_the_same_run_written_out():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6 * 10, 8), torch.randn(8, 50)  # 6 sequences of 10 tokens
+    target, distinct = torch.randint(50, (60,)), torch.randn(2 * 10, 8)
+    which = (0, 1, 0, 0, 1, 1)
+    one = distinct.view(2, 10, 8)[list(which)].flatten(0, 1)
+    for soft_cap in (0.0, 3.0):
+        unembedding = Unembedding(lambda x: x, weight, torch.randn(50), soft_cap)
+        runs = [hidden + 0.1, metrics.Fixed(distinct, which), hidden - 0.1]
+        found = metrics.patched_values(hidden, runs, target, unembedding)
+        expected = metrics.patched_values(hidden, [runs[0], one, runs[2]], target, unembedding)
+        for name in found:
+            assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 8.0])
+def test_the_compiled_rows_equal_the_tensor_form(size):
+    torch.manual_seed(0)
+    hidden, weight = 3 * torch.randn(40, 16), torch.randn(16, 5000)
+    unembedding = Unembedding(lambda x: x, weight, torch.zeros(5000))
+    clean = metrics.Clean.of(hidden, torch.zeros(40, dtype=torch.long), unembedding)
+    d = size * torch.randn(40, 16) @ weight
+    kl, ce, agrees = metrics.compare(clean, d, torch.arange(40), unembedding)
+    wide, _, top = metrics.tensor_form(clean.probability.double(), d.double(), clean.total.double(), clean.top1)
+    usual = wide.isfinite()
+    assert_close(kl[usual].double(), wide[usual], rtol=1e-5, atol=0)
+    assert torch.equal(agrees, top)
+    assert kl.isfinite().all()
+    assert ce.isfinite().all()
+
+
+def test_the_exponential_of_the_compiled_rows_is_exact_to_float32():
+    @numba.njit
+    def apply(x, small, whole):
+        for i in range(len(x)):
+            small[i], whole[i] = rows.exponential(x[i])
+
+    x = np.concatenate([np.linspace(-80, 88, 20001), np.geomspace(1e-6, 1, 999), -np.geomspace(1e-6, 1, 999)])
+    x = x.astype(np.float32)
+    small, whole = np.empty_like(x), np.empty_like(x)
+    apply(x, small, whole)
+    wide = x.astype(np.float64)
+    series = wide**2 * (1 / 2 + wide * (1 / 6 + wide * (1 / 24 + wide * (1 / 120 + wide / 720))))
+    expected = np.where(np.abs(wide) < 1e-2, series, np.expm1(wide) - wide)
+    np.testing.assert_allclose(small, expected, rtol=2e-6)
+    np.testing.assert_allclose(whole, np.exp(wide), rtol=5e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_a_gpu_agrees_with_the_cpu(size):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64), torch.randn(64, 5000)
+    other, target = hidden + size * torch.randn(300, 64), torch.zeros(300, dtype=torch.long)
+    found = []
+    for device in ("cpu", "cuda"):
+        unembedding = Unembedding(lambda x: x, weight.to(device), torch.zeros(5000, device=device))
+        moved = (hidden.to(device), [other.to(device)], target.to(device))
+        found.append(metrics.patched_values(*moved, unembedding)["kl"].cpu())
+    assert_close(found[1], found[0], rtol=1e-4, atol=1e-9)
 
 
 def test_a_common_shift_of_the_logits_costs_no_digits():

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from pipeline import activations, models
-from pipeline.decoder import Hooked
 from pipeline.decoder import decoder as decoder_of
+from pipeline.decoder import in_precision
+from pipeline.hooked import Hooked
+from pipeline.lean import Lean
 
 
 @pytest.fixture
@@ -93,14 +95,51 @@ def tiny_folder(path, kind: str):
 def test_folders_of_other_families_predict_what_transformers_predicts(tmp_path, kind, processing):
     model = tiny_folder(tmp_path, kind)
     weights = models.load_folder(tmp_path, processing)
-    decoder = decoder_of(weights)
-    assert isinstance(decoder, Hooked)
+    assert isinstance(decoder_of(weights), Lean)
     rows = torch.randint(60, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        unembedding = decoder.unembedding()
-        logits = unembedding.logits(unembedding.products(unembedding.hidden(decoder.clean(rows))))
         expected = model(rows).logits.flatten(0, 1)
-    assert_close(logits.log_softmax(-1), expected.log_softmax(-1), rtol=1e-3, atol=1e-4)
+        for decoder in (Lean(weights), Hooked(weights)):
+            unembedding = decoder.unembedding()
+            logits = unembedding.logits(unembedding.products(unembedding.hidden(decoder.clean(rows))))
+            assert_close(logits.log_softmax(-1), expected.log_softmax(-1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["GPTNeoX", "Llama"])
+def test_a_stored_rotary_model_has_its_tables_and_runs_without_transformer_lens(tmp_path, kind):
+    tiny_folder(tmp_path, kind)
+    made = models.load_folder(tmp_path, PLAIN)
+    models.save(made, tmp_path / "weights.safetensors", "f00d")
+    again = models.load(tmp_path / "weights.safetensors")
+    assert {name for name in again.state if name.startswith("rotary.")} == {"rotary.global.cos", "rotary.global.sin"}
+    assert len(again.state["rotary.global.cos"]) == again.settings["n_ctx"]
+    rows = torch.arange(16).view(2, 8)
+    with torch.inference_mode():
+        assert torch.equal(Lean(again).clean(rows), Lean(made).clean(rows))
+
+
+FLOAT32 = {"blocks": "float32", "difference": "float32"}
+
+
+@pytest.mark.parametrize("part", FLOAT32)
+def test_tf32_is_refused_where_there_is_no_gpu(demo_weights, part):
+    with pytest.raises(ValueError, match=r"tf32 needs a GPU, but this job runs on 'cpu'\. Set it to float32"):
+        in_precision(demo_weights, FLOAT32 | {part: "tf32"}, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "flags"),
+    [
+        (FLOAT32, (False, False)),
+        (FLOAT32 | {"blocks": "tf32"}, (True, False)),
+        (FLOAT32 | {"difference": "tf32"}, (False, True)),
+        ({"blocks": "tf32"}, (True, False)),  # a stage that computes no differences
+    ],
+    ids=str,
+)
+def test_each_precision_sets_its_own_part(demo_weights, precision, flags):
+    made = in_precision(demo_weights, precision, "cuda:0")
+    assert (made.tf32, made.tf32_logits, made.unembedding().tf32) == (*flags, flags[1])
 
 
 def test_a_family_that_transformer_lens_reads_by_name_only_is_refused(tmp_path):

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from tables import call
 
 from pipeline import moments, store
-from pipeline.stage import Call
 
 FAR = 1e4
 
@@ -68,7 +68,7 @@ def worked(folder: Path, x, special, cuts):
         for start, part in zip(starts, np.split(x, cuts), strict=True)
     ]
     out = folder / "moments.h5"
-    moments.work(Call({"hook": "h"}, {}, {"tokens": [tokens], "activations": shards}, [out], "f00d", 1, "cpu"))
+    moments.work(call([out], {"tokens": [tokens], "activations": shards}, {"hook": "h"}))
     with store.arrays(out, moments.AXES) as file:
         return {name: file[name][:] for name in moments.AXES} | {"count": file.attrs["count"]}
 

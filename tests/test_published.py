@@ -9,8 +9,9 @@ import torch
 from conftest import PLAIN, SHARED
 
 from pipeline import batches, engine, models, saes
-from pipeline.decoder import Lean, hook_of
+from pipeline.decoder import hook_of
 from pipeline.interventions import INTERVENTIONS, standard_normal
+from pipeline.lean import Lean
 
 DATA = SHARED / "data"
 NAMES = {"sae": "sae", "sae_norm_corrected": "norm_corrected", "sae_norm": "sae_norm", "zero": "zero"}
@@ -29,13 +30,14 @@ def effects(name: str) -> dict[str, dict[str, np.ndarray]]:
     """Intervention -> `kl` `seq pos` and `delta_ce` `seq pos-1` of one SAE of the reference, every token patched."""
     reference = json.loads((DATA / f"reference/gpt2like-tinystories/{name}.json").read_text())
     model = Lean(models.load_folder(DATA / "models/gpt2like-tinystories/hf", PLAIN))
-    substitution = engine.Substitution(model, hook_of(reference["hook"], model.weights))
+    substitution, hook = engine.Substitution(model), hook_of(reference["hook"], model.weights)
     sae = saes.load_folder(DATA / f"saes/gpt2like-tinystories/{name}")
     tokens = torch.from_numpy(np.load(DATA / "tokens/gpt2like_val.npy")[: reference["n_rows"]].astype(np.int64))
     parts = []
     for first, last in batches.ranges(0, len(tokens)):
         rows = tokens[first:last]
-        x, stream = model.read(rows, substitution.hook)
+        ((x, stream),) = model.read(rows, [hook])
+        site = engine.Site(hook, x, stream)
         sources = {"x": x, "x_hat": sae(x).x_hat}
         x_news = []
         for intervention in NAMES:
@@ -44,8 +46,8 @@ def effects(name: str) -> dict[str, dict[str, np.ndarray]]:
             given = sources | {"noise": torch.stack(noise)}
             x_news.append(INTERVENTIONS[intervention](**{argument: given[argument] for argument in arguments}))
         kept = torch.zeros_like(rows, dtype=torch.bool)
-        batch = engine.Batch(first, last - first, rows, kept, x, stream, model.clean(rows))
-        values = substitution.effects(batch, x_news)
+        batch = engine.Batch(first, last - first, rows, kept, model.clean(rows))
+        values = substitution.effects(batch, [(site, x_new) for x_new in x_news])
         clean = engine.clean_values(model, rows)["ce"]
         parts.append((values["kl"].numpy(), (values["ce"] - clean).numpy()[..., :-1]))
     kl, delta = (np.concatenate(column, axis=1).astype(np.float64) for column in zip(*parts, strict=True))

@@ -79,7 +79,7 @@ def asked(folder, module, read, write, first=0, special=None, read_at=HOOK, writ
 
 
 def worked(asked):
-    reconstructions.work(asked)
+    reconstructions.work([asked])
     with h5py.File(asked.output) as file:
         return {name: file[name][:] for name in file}, dict(file.attrs)
 

@@ -28,14 +28,20 @@ def ratios(**values):
     return [row(sae=sae, **around(value)) for sae, value in values.items()]
 
 
-def page(folder, rows, table=None, **settings):
+CHECK = {"hook": HOOK, "sae": "early", "intervention": "sae", "n_tokens": 512, "kl_mean": 0.5, "kl_mean_float64": 0.5}
+CHECK |= {"kl_worst": 1e-7, "kl_worst_relative": 1e-5, "ce_worst": 2e-6, "top1_agreement": 1.0}
+
+
+def page(folder, rows, table=None, checks=(CHECK,), **settings):
     """The HTML page and the line of text."""
     summary, figure = folder / "effects.parquet", folder / "kl_by_layer.parquet"
     store.write_table(summary, [frame(rows).to_arrow()], "0123", {}, packages={"torch": "1.2.3"})
     frame([saes_row()] if table is None else table).write_parquet(folder / "saes.parquet")
     figure.with_suffix(".svg").write_bytes(SVG)
+    frame(list(checks)).write_parquet(folder / "checks.parquet")
     outputs = [folder / "report.html", folder / "headline.txt"]
-    report.work(call(outputs, {"summary": [summary], "figures": [figure]}, **settings))
+    inputs = {"summary": [summary], "figures": [figure], "checks": [folder / "checks.parquet"]}
+    report.work(call(outputs, inputs, **settings))
     return outputs[0].read_text(encoding="utf-8"), outputs[1].read_text(encoding="utf-8")
 
 
@@ -157,6 +163,27 @@ def test_a_study_without_a_control_claims_no_noise_floor(tmp_path):
     html, _ = page(tmp_path, ratios(a=2))
     floor = re.findall(r"Noise floor\..*?</p>", html, re.DOTALL)
     assert not re.search(r"None|nan|\d nats", "".join(floor))
+
+
+def test_the_largest_errors_against_float64_are_in_the_page(tmp_path):
+    checks = [
+        CHECK | {"kl_mean": 0.5005},
+        CHECK | {"kl_mean": 0.999 * 0.5, "kl_worst": 3e-6, "ce_worst": 4e-6, "top1_agreement": 0.875},
+        # The control has no KL, and so no error relative to it.
+        CHECK | {"kl_mean": 1e-9, "kl_mean_float64": 0.0, "kl_worst_relative": None, "n_tokens": 256},
+    ]
+    html, _ = page(tmp_path, [row(), *CONTROLS], checks=checks)
+    (note,) = re.findall(r"Checked against float64\..*?</p>", html, re.DOTALL)
+    for said in (
+        "3 in all",
+        "512 tokens",
+        "mean KL: 1.0e-03",
+        "1.0e-05 of it",
+        "3.0e-06 nats",
+        "4.0e-06 nats",
+        "87.5 %",
+    ):
+        assert said in " ".join(note.split()), said
 
 
 def test_the_fingerprint_is_in_the_page_for_readers_and_for_the_pipeline(tmp_path):

@@ -19,120 +19,117 @@ def array(path, mark, name="mean", axes="d", values=(1.0,), **attributes):
     return path
 
 
+def job(path, inputs=(), stage="moments", names=(), mark="ffff", **key):
+    """An item as planned; `inputs` are (role, path, fingerprint)."""
+    code = fingerprint.code_digest(stage, frozenset(names))
+    told = {"stage": stage, "key": key or {"model": "tiny"}, "settings": {"seed": 3}, "names": list(names)}
+    given = [[role, str(name), expected] for role, name, expected in inputs]
+    return told | {"inputs": given, "path": str(path), "code": code, "fingerprint": mark}
+
+
 @pytest.fixture
 def asked(tmp_path):
-    """The job of a stage with an input and two shards of another, as planned, and its files."""
+    """An item of a stage with an input and two shards of another, and the files of these inputs."""
     files = [array(tmp_path / f"{mark}.h5", mark) for mark in ("aaaa", "bbbb", "cccc")]
-    job = {"stage": "moments", "key": {"model": "tiny"}, "settings": {"seed": 3}, "names": [], "fingerprint": "ffff"}
-    job["inputs"] = [["tokens", "aaaa"], ["activations", "bbbb"], ["activations", "cccc"]]
-    job["code"] = fingerprint.code_digest("moments")
-    return job, files
+    roles = ("tokens", "activations", "activations")
+    return job(tmp_path / "made.h5", zip(roles, files, ("aaaa", "bbbb", "cccc"), strict=True)), files
 
 
-def start(monkeypatch, job, files, work, name="moments", options=()):
-    arguments = ["--job", json.dumps(job), "--in", *map(str, files), "--out", "new.h5", *options]
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    stage.run(name, work)
+def start(monkeypatch, items, work, name="moments", options=(), out="new.h5", run=stage.run):
+    monkeypatch.setattr(sys, "argv", [name, "--job", json.dumps(items), "--out", str(out), *options])
+    run(name, work)
 
 
-def refused(monkeypatch, caplog, job, files, work=None, name="moments"):
-    """The message of a run that ends with status 1; the work is not begun unless it is given."""
+def refused(monkeypatch, caplog, items, work=None, name="moments", **options):
+    """The last message of a run that ends with status 1; the work is not begun unless it is given."""
     with pytest.raises(SystemExit) as ended:
-        start(monkeypatch, job, files, work or (lambda call: pytest.fail("The work was begun.")), name)
-    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+        start(monkeypatch, items, work or (lambda call: pytest.fail("The work was begun.")), name, **options)
+    *_, record = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert (ended.value.code, record.exc_info) == (1, None)
     assert ended.value.__suppress_context__
     return record.getMessage()
 
 
 def test_the_work_is_told_what_was_planned_and_given_its_files_by_role(monkeypatch, asked):
-    job, files = asked
+    item, files = asked
     calls = []
-    start(monkeypatch, job, files, calls.append, options=["--threads", "2", "--device", "cuda:0"])
+    options = ["--threads", "2", "--device", "cuda:0", "--budget", "7"]
+    start(monkeypatch, [item | {"key": {"sae": "early", "shard": "0-of-1"}}], calls.append, options=options)
     (call,) = calls
-    assert (call.key, call.settings, call.fingerprint) == ({"model": "tiny"}, {"seed": 3}, "ffff")
+    assert (call.settings, call.fingerprint, call.name) == ({"seed": 3}, "ffff", "early 0-of-1")
     assert call.inputs == {"tokens": files[:1], "activations": files[1:]}
-    assert (call.input("tokens"), str(call.output), call.threads, call.device) == (files[0], "new.h5", 2, "cuda:0")
+    assert (call.input("tokens"), call.threads, call.device, call.budget) == (files[0], 2, "cuda:0", 7)
+
+
+def test_a_stage_of_one_item_writes_where_the_command_line_says(monkeypatch, asked):
+    calls = []
+    start(monkeypatch, [asked[0]], calls.append, out="a.h5", options=["b.h5"])  # the report has two files, for one
+    assert [str(path) for path in calls[0].outputs] == ["a.h5", "b.h5"]
 
 
 def test_code_that_changed_after_planning_is_refused(monkeypatch, caplog, asked):
-    job, files = asked
-    message = refused(monkeypatch, caplog, job | {"code": "0" * 16}, files)
+    message = refused(monkeypatch, caplog, [asked[0] | {"code": "0" * 16}])
     assert "The source of 'moments' changed after this job was planned. Run snakemake again." in message
 
 
-def test_the_functions_that_a_job_names_are_part_of_its_code(monkeypatch, caplog):
-    job = {"stage": "ablations", "key": {}, "settings": {}, "inputs": [], "fingerprint": "ffff"}
-    job["code"] = fingerprint.code_digest("ablations", frozenset({"zero"}))
+def test_the_functions_that_a_job_names_are_part_of_its_code(monkeypatch, caplog, tmp_path):
+    item = job(tmp_path / "made.h5", stage="ablations", names=["zero"])
     calls = []
-    start(monkeypatch, job | {"names": ["zero"]}, [], calls.append, name="ablations")
+    start(monkeypatch, [item], calls.append, name="ablations")
     assert len(calls) == 1
-    message = refused(monkeypatch, caplog, job | {"names": ["mean"]}, [], name="ablations")
+    message = refused(monkeypatch, caplog, [item | {"names": ["mean"]}], name="ablations")
     assert "changed after this job was planned" in message
 
 
 def test_a_job_of_another_stage_is_refused(monkeypatch, caplog, asked):
-    job, files = asked
-    message = refused(monkeypatch, caplog, job, files, name="summary")
+    message = refused(monkeypatch, caplog, [asked[0]], name="summary")
     assert "A job of the stage 'moments' was given to 'summary'" in message
 
 
 def test_an_input_that_was_made_with_other_settings_is_named_and_refused(monkeypatch, caplog, asked):
-    job, files = asked
+    item, files = asked
     array(files[2], "dddd")
-    message = refused(monkeypatch, caplog, job, files)
+    message = refused(monkeypatch, caplog, [item])
     assert f"{files[2]} has the fingerprint dddd, expected cccc" in message
     assert "Delete it and run again" in message
 
 
-def test_inputs_in_another_order_are_refused(monkeypatch, caplog, asked):
-    job, files = asked
-    message = refused(monkeypatch, caplog, job, [files[0], files[2], files[1]])
-    assert f"{files[2]} has the fingerprint cccc, expected bbbb" in message
-
-
 def test_a_missing_input_is_named(monkeypatch, caplog, asked):
-    job, files = asked
+    item, files = asked
     files[1].unlink()
-    message = refused(monkeypatch, caplog, job, files)
+    message = refused(monkeypatch, caplog, [item])
     assert f"The input '{files[1]}' of 'moments' is missing. Run snakemake again" in message
 
 
-@pytest.mark.parametrize("count", [0, 2, 4])
-def test_another_number_of_inputs_is_refused(monkeypatch, caplog, asked, count):
-    job, files = asked
-    message = refused(monkeypatch, caplog, job, (files + files)[:count])
-    assert f"given {count} input files, but the job has 3" in message
-
-
 def test_a_damaged_input_is_named(monkeypatch, caplog, asked):
-    job, files = asked
+    item, files = asked
     files[1].write_bytes(files[1].read_bytes()[:100])
-    message = refused(monkeypatch, caplog, job, files)
+    message = refused(monkeypatch, caplog, [item])
     assert f"{files[1]} can't be read" in message
     assert "Delete it" in message
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError])
-def test_what_the_user_can_mend_is_a_message_and_status_1(monkeypatch, caplog, asked, kind):
+@pytest.mark.parametrize("run", [stage.run, stage.run_batch])
+def test_what_the_user_can_mend_is_a_message_and_status_1(monkeypatch, caplog, asked, kind, run):
     def work(call):
         raise kind("The corpus is too short. Use a longer one.")
 
-    assert refused(monkeypatch, caplog, *asked, work) == "error: The corpus is too short. Use a longer one."
+    message = refused(monkeypatch, caplog, [asked[0]], work, run=run)
+    assert message == "error: The corpus is too short. Use a longer one."
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, asked):
+@pytest.mark.parametrize("run", [stage.run, stage.run_batch])
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, asked, run):
     with pytest.raises(KeyError, match="colour"):
-        start(monkeypatch, *asked, lambda call: call.settings["colour"])
+        start(monkeypatch, [asked[0]], lambda given: {}["colour"], run=run)
 
 
 def test_a_started_stage_says_in_its_log_what_is_wrong_and_writes_nothing(tmp_path):
     tokens = array(tmp_path / "tokens.h5", "aaaa", "special", "seq pos", np.ones((2, 3), bool))
-    job = {"stage": "moments", "key": {"hook": "h"}, "settings": {}, "names": [], "fingerprint": "ffff"}
-    job |= {"inputs": [["tokens", "aaaa"]], "code": fingerprint.code_digest("moments")}
-    files = ["--in", tokens, "--out", tmp_path / "moments.h5"]
+    item = job(tmp_path / "moments.h5", [("tokens", tokens, "aaaa")], hook="h")
     ran = subprocess.run(
-        [sys.executable, "-m", "pipeline.moments", "--job", json.dumps(job), *files],
+        [sys.executable, "-m", "pipeline.moments", "--job", json.dumps([item]), "--out", tmp_path / "moments.h5"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -141,3 +138,102 @@ def test_a_started_stage_says_in_its_log_what_is_wrong_and_writes_nothing(tmp_pa
     assert "tokens.h5: all 6 tokens are special" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.h5"]
+
+
+# Stages that make several items a job.
+
+
+class Maker:
+    """Work that writes the file of each item, and notes which were asked for together; `bad` ones raise."""
+
+    def __init__(self, *bad, error=ValueError):
+        self.bad, self.error, self.asked = bad, error, []
+
+    def __call__(self, calls):
+        self.asked.append([call.key["sae"] for call in calls])
+        for call in calls:
+            if call.key["sae"] in self.bad:
+                raise self.error(f"{call.key['sae']} is bad.")
+            array(call.output, call.fingerprint)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three items of a batch."""
+    return [job(tmp_path / f"{sae}.h5", mark=sae * 4, sae=sae) for sae in "abc"]
+
+
+def start_batch(monkeypatch, tmp_path, items, work):
+    start(monkeypatch, items, work, out=tmp_path / "stamps/0.json", run=stage.run_batch)
+
+
+def test_a_batch_makes_all_its_items_at_once_and_then_its_stamp(monkeypatch, tmp_path, three):
+    work = Maker()
+    start_batch(monkeypatch, tmp_path, three, work)
+    assert work.asked == [["a", "b", "c"]]
+    stamp = json.loads((tmp_path / "stamps/0.json").read_text())
+    assert stamp == {str(tmp_path / f"{sae}.h5"): sae * 4 for sae in "abc"}
+
+
+@pytest.mark.parametrize(
+    ("left", "again"),
+    [
+        ({"a": "aaaa", "c": "cccc"}, [["b"]]),  # missing
+        ({"a": "aaaa", "b": "beef", "c": "cccc"}, [["b"]]),  # made for something else
+        ({"c": "cccc"}, [["a", "b"]]),
+        ({sae: sae * 4 for sae in "abc"}, []),
+    ],
+)
+def test_items_whose_file_is_current_are_left_alone(monkeypatch, tmp_path, three, left, again):
+    before = {name: array(tmp_path / f"{name}.h5", mark).stat().st_mtime_ns for name, mark in left.items()}
+    work = Maker()
+    start_batch(monkeypatch, tmp_path, three, work)
+    assert work.asked == again
+    assert all(store.is_current(tmp_path / f"{sae}.h5", sae * 4) for sae in "abc")
+    kept = before.keys() - {name for names in again for name in names}
+    assert all((tmp_path / f"{name}.h5").stat().st_mtime_ns == before[name] for name in kept)
+    assert (tmp_path / "stamps/0.json").exists()
+
+
+def test_a_damaged_item_is_made_again(monkeypatch, tmp_path, three):
+    start_batch(monkeypatch, tmp_path, three, Maker())
+    (tmp_path / "b.h5").write_bytes(b"half a file")
+    work = Maker()
+    start_batch(monkeypatch, tmp_path, three, work)
+    assert work.asked == [["b"]]
+
+
+def test_one_bad_item_does_not_stop_the_others_and_is_named(monkeypatch, caplog, tmp_path, three):
+    work = Maker("b")
+    message = refused(monkeypatch, caplog, three, work, out=tmp_path / "stamps/0.json", run=stage.run_batch)
+    assert message == "error: b: b is bad."
+    assert work.asked == [["a", "b", "c"], ["b"], ["c"]]  # `a` was made before `b` failed
+    assert [store.is_current(tmp_path / f"{sae}.h5", sae * 4) for sae in "abc"] == [True, False, True]
+    assert not (tmp_path / "stamps").exists()
+
+
+def test_all_bad_items_are_named_at_once(monkeypatch, caplog, tmp_path, three):
+    work = Maker("a", "c")
+    message = refused(monkeypatch, caplog, three, work, out=tmp_path / "stamps/0.json", run=stage.run_batch)
+    assert message == "error: a: a is bad.\nc: c is bad."
+
+
+def test_items_are_not_tried_alone_where_the_disk_is_full(monkeypatch, caplog, tmp_path, three):
+    work = Maker("a", error=OSError)
+    message = refused(monkeypatch, caplog, three, work, out=tmp_path / "stamps/0.json", run=stage.run_batch)
+    assert (message, work.asked) == ("error: a is bad.", [["a", "b", "c"]])
+
+
+def test_an_old_stamp_is_replaced(monkeypatch, tmp_path, three):
+    start_batch(monkeypatch, tmp_path, three[:1], Maker())
+    start_batch(monkeypatch, tmp_path, three, Maker())
+    assert len(json.loads((tmp_path / "stamps/0.json").read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"code": "0" * 16}, "changed after this job was planned"), ({"stage": "effects"}, "was given to 'moments'")],
+)
+def test_an_item_of_a_batch_is_checked_as_one_alone_is(monkeypatch, caplog, tmp_path, three, change, message):
+    three[1] |= change
+    assert message in refused(monkeypatch, caplog, three, out=tmp_path / "stamps/0.json", run=stage.run_batch)

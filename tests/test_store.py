@@ -1,6 +1,8 @@
 """A file that exists is complete, says what it was made for, and is refused with advice where it is damaged."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import h5py
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fakes import ROOT
 
 from pipeline import store
 
@@ -201,3 +204,94 @@ def test_a_table_without_rows_is_a_table(tmp_path):
 def test_text_is_written_as_utf8(tmp_path):
     store.write_text(tmp_path / "a.html", "KL(p ‖ q)")
     assert (tmp_path / "a.html").read_bytes() == "KL(p ‖ q)".encode()
+
+
+# The spool of an unfinished item.
+
+SPOOLED = (3, 2, 20, 4)  # value patch seq pos
+
+
+def spool(folder, fingerprint="f00d", shape=SPOOLED):
+    return store.Spool(folder / "0-of-1.parquet", fingerprint, shape)
+
+
+def some(count, seed=0):
+    """Values of that many sequences; the second value of the last position is NaN, as cross-entropy is."""
+    values = np.random.default_rng(seed).random((3, 2, count, 4), np.float32)
+    values[1, ..., -1] = np.nan
+    return values
+
+
+def test_a_new_spool_holds_nothing(tmp_path):
+    assert spool(tmp_path / "new").done == 0
+    assert names(tmp_path / "new") == [".0-of-1.parquet.f00d.spool"]
+
+
+def test_what_was_put_is_there_when_it_is_opened_again(tmp_path):
+    first = spool(tmp_path)
+    first.put(0, some(8))
+    first.put(8, some(8, 1))
+    again = spool(tmp_path)
+    assert again.done == 16
+    np.testing.assert_array_equal(again.get(1, slice(8, 16)), some(8, 1)[:, 1])
+    again.put(16, some(4, 2))
+    assert (first.done, spool(tmp_path).done) == (20, 20)
+    whole = np.concatenate([some(8), some(8, 1), some(4, 2)], axis=2)
+    np.testing.assert_array_equal(whole, np.stack([first.get(patch, slice(0, 20)) for patch in (0, 1)], axis=1))
+
+
+def test_only_sequences_from_the_first_on_are_done(tmp_path):
+    made = spool(tmp_path)
+    made.put(8, some(8))
+    assert made.done == 0
+    made.put(0, some(8))
+    assert made.done == 16
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 3), (1, 0)], ids=str)
+def test_a_torn_row_does_not_count(tmp_path, place):
+    """`put` writes the first value last; here the process died before all of it was written."""
+    made = spool(tmp_path)
+    made.put(0, some(16))
+    made.values[0, place[0], 8:, place[1]] = np.nan
+    assert spool(tmp_path).done == 8
+
+
+def test_a_spool_is_on_disk_when_its_process_is_killed(tmp_path):
+    code = (
+        "import os, sys, numpy as np; from pathlib import Path; from pipeline import store\n"
+        "spool = store.Spool(Path(sys.argv[1]), 'f00d', (3, 2, 20, 4))\n"
+        "spool.put(0, np.ones((3, 2, 8, 4), np.float32))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "0-of-1.parquet"], cwd=ROOT)
+    assert ran.returncode == -9
+    assert spool(tmp_path).done == 8
+
+
+def test_a_spool_of_another_fingerprint_is_swept_away_and_those_of_other_items_are_not(tmp_path):
+    other = store.Spool(tmp_path / "1-of-2.parquet", "f00d", SPOOLED)
+    other.put(0, some(8))
+    spool(tmp_path, "dead").put(0, some(8))
+    assert spool(tmp_path, "beef").done == 0
+    assert names(tmp_path) == [".0-of-1.parquet.beef.spool", ".1-of-2.parquet.f00d.spool"]
+    assert other.done == 8
+
+
+def test_a_spool_of_another_size_is_begun_again(tmp_path):
+    spool(tmp_path).put(0, some(20))
+    assert spool(tmp_path, shape=(3, 1, 20, 4)).done == 0
+
+
+def test_a_removed_spool_leaves_nothing(tmp_path):
+    made = spool(tmp_path)
+    made.remove()
+    made.remove()
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_noticed_before_a_spool_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=store.HEADROOM))
+    with pytest.raises(OSError, match="Free some space"):
+        spool(tmp_path)
+    assert names(tmp_path) == []

@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 
 TINY = "tests/configs/tiny.yaml"
-AFTERWARDS = {"summary": 1, "figures": 5, "report": 1, "all": 1}
+AFTERWARDS = {"checks": 1, "summary": 1, "figures": 5, "report": 1, "all": 1}
 
 
 def snakemake(project: Path, *arguments: str, config: str = TINY) -> subprocess.CompletedProcess:
@@ -42,6 +42,38 @@ def copy_project(target: Path) -> Path:
         shutil.copy(ROOT / name, target / name)
     (target / "demo").symlink_to(ROOT / "demo")
     return target
+
+
+def copy_run(finished: Path, target: Path) -> Path:
+    """A copy of the project with what a finished run has made, and without Snakemake's notes."""
+    project = copy_project(target)
+    shutil.copytree(finished / "results", project / "results")
+    return project
+
+
+def ran(project: Path, *arguments: str, config: str = TINY) -> None:
+    run = snakemake(project, "--cores", "2", *arguments, config=config)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def items(project: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of every file that holds numbers."""
+    found = [path for kind in ("h5", "parquet", "safetensors") for path in project.glob(f"results/**/*.{kind}")]
+    return {str(path.relative_to(project)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+
+def contents(found: dict[str, tuple[int, bytes]]) -> dict[str, bytes]:
+    return {path: content for path, (_, content) in found.items()}
+
+
+def made(before: dict, after: dict, *kinds: str) -> set[str]:
+    """The files that are there before and after and were written in between; of some stages only, where they are
+    named."""
+    return {path for path in before if (not kinds or path.split("/")[1] in kinds) and after[path] != before[path]}
+
+
+def log(project: Path, name: str) -> str:
+    return (project / f"results/logs/{name}.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +131,38 @@ def test_a_second_run_does_nothing_when_snakemake_has_lost_its_notes(finished):
     notes.rename(finished / "elsewhere")
     try:
         assert wanted(finished) == {}
-        assert wanted(finished, config=with_config(finished, seed=lambda _: 1)) == {"effects": 2, **AFTERWARDS}
+        assert wanted(finished, config=with_config(finished, seed=lambda _: 1)) == {"effects": 1, **AFTERWARDS}
     finally:
         shutil.rmtree(notes)
         (finished / "elsewhere").rename(notes)
 
 
+NEW = {"id": "new", "path": "demo/saes/resid3-l1-2"}
+
+
 def test_a_new_sae_adds_its_own_reconstructions_and_effects_and_nothing_else(finished):
-    config = with_config(finished, saes=lambda saes: [*saes, {"id": "new", "path": "demo/saes/resid3-l1-2"}])
+    config = with_config(finished, saes=lambda saes: [NEW, *saes])
     assert wanted(finished, config=config) == {"reconstructions": 1, "effects": 1, **AFTERWARDS}
+
+
+def test_when_a_new_sae_is_run_no_other_item_is_touched(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "grown")
+    before = items(project)
+    config = with_config(project, saes=lambda saes: [NEW, *saes])
+    ran(project, "--until", "effects", config=config)
+    after = items(project)
+    assert {path: after[path] for path in before} == before
+    new = {f"results/{stage}/new/heldout/0-of-1" for stage in ("reconstructions", "effects/main")}
+    assert {path.rpartition(".")[0] for path in after.keys() - before.keys()} == new
+    for stage, place in (("reconstructions", "demo"), ("effects", "main/demo")):
+        assert "1 of 3 items to make" in log(project, f"{stage}/{place}/heldout/0-of-1/0")
+    assert wanted(project, config=config) == AFTERWARDS
 
 
 def test_a_new_experiment_adds_its_own_effects_and_nothing_else(finished):
     new = {"id": "new", "interventions": ["identity", "sae_norm"]}
     config = with_config(finished, experiments=lambda experiments: [*experiments, new])
-    assert wanted(finished, config=config) == {"effects": 2, **AFTERWARDS}
+    assert wanted(finished, config=config) == {"effects": 1, **AFTERWARDS}
 
 
 def test_a_removed_sae_only_makes_the_summaries_again(finished):
@@ -137,9 +186,9 @@ def test_a_changed_intervention_reruns_what_used_it(finished):
     with changed(
         source, lambda text: text.replace("_norm(x_hat - x) * _unit(noise)", "2 * _norm(x_hat - x) * _unit(noise)")
     ):
-        assert wanted(finished) == {"effects": 2, **AFTERWARDS}
+        assert wanted(finished) == {"effects": 1, **AFTERWARDS}
     with changed(source, lambda text: text.replace("torch.zeros_like(x)", "torch.zeros_like(x) + 0")):
-        assert wanted(finished) == {"ablations": 2, **AFTERWARDS}
+        assert wanted(finished) == {"ablations": 1, **AFTERWARDS}
     with changed(source, lambda text: text.replace("return x_hat * _ratio(_norm(x), _norm(x_hat))", "return x_hat")):
         assert wanted(finished) == {}  # sae_norm_corrected is not part of this configuration
 
@@ -159,11 +208,11 @@ def test_a_changed_figure_reruns_itself(finished):
 
 def test_a_changed_metric_leaves_activations_and_reconstructions_alone(finished):
     with changed(finished / "pipeline/metrics.py", lambda text: text.replace("SMALL = 1e-2", "SMALL = 1e-3")):
-        assert wanted(finished) == {"clean": 1, "effects": 2, "ablations": 2, **AFTERWARDS}
+        assert wanted(finished) == {"clean": 1, "effects": 1, "ablations": 1, **AFTERWARDS}
 
 
 def test_a_changed_seed_reruns_what_is_random(finished):
-    assert wanted(finished, config=with_config(finished, seed=lambda _: 7)) == {"effects": 2, **AFTERWARDS}
+    assert wanted(finished, config=with_config(finished, seed=lambda _: 7)) == {"effects": 1, **AFTERWARDS}
 
 
 def test_new_weights_under_the_same_path_rerun_everything_of_that_sae(finished, tmp_path):
@@ -174,22 +223,84 @@ def test_new_weights_under_the_same_path_rerun_everything_of_that_sae(finished, 
     assert wanted(finished, config=config) == same == {"reconstructions": 1, "effects": 1, **AFTERWARDS}
 
 
+ITEMS = {
+    "activations": "results/activations/demo/heldout/blocks.3.hook_resid_pre/0-of-1.h5",
+    "reconstructions": "results/reconstructions/resid/heldout/0-of-1.h5",
+    "effects": "results/effects/main/resid/heldout/0-of-1.parquet",
+    "ablations": "results/ablations/main/demo/heldout/blocks.3.hook_resid_pre/0-of-1.parquet",
+}
+OTHERS = {"resid/": "transcoder/", "hook_resid_pre": "hook_mlp_out"}
+
+
+def damaged(project: Path, stage: str, damage: str) -> Path:
+    """An item that is missing, cut short, or of another SAE or hook; its time stays."""
+    path = project / ITEMS[stage]
+    content, times = path.read_bytes(), path.stat()
+    if damage == "missing":
+        path.unlink()
+        return path
+    (other,) = [ITEMS[stage].replace(ours, theirs) for ours, theirs in OTHERS.items() if ours in ITEMS[stage]]
+    path.write_bytes(content[:5000] if damage == "truncated" else (project / other).read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return path
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
-def test_a_lost_or_damaged_item_is_made_again(finished, damage):
-    path = finished / "results/effects/main/resid/heldout/0-of-1.parquet"
-    before, times = path.read_bytes(), os.stat(path)
+@pytest.mark.parametrize("stage", ["reconstructions", "effects", "ablations"])
+def test_a_lost_or_damaged_item_is_wanted_again_and_what_is_current_is_not(finished, stage, damage):
+    path = finished / ITEMS[stage]
+    before, times = path.read_bytes(), path.stat()
     try:
-        if damage == "missing":
-            path.unlink()
-        else:
-            other = finished / "results/effects/main/transcoder/heldout/0-of-1.parquet"
-            path.write_bytes(before[:5000] if damage == "truncated" else other.read_bytes())
-            os.utime(path, (times.st_atime, times.st_mtime))
-        assert wanted(finished) == {"effects": 1, **AFTERWARDS}
+        damaged(finished, stage, damage)
+        assert wanted(finished) == {stage: 1, "all": 1}
     finally:
         path.write_bytes(before)
-        os.utime(path, (times.st_atime, times.st_mtime))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert wanted(finished) == {}
+
+
+def test_only_the_lost_and_damaged_items_are_made_again_and_as_they_were(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "damaged")
+    before = items(project)
+    damage = {"reconstructions": "missing", "effects": "truncated", "ablations": "foreign"}
+    for stage, kind in damage.items():
+        damaged(project, stage, kind)
+    ran(project)
+    after = items(project)
+    assert made(before, after) == {ITEMS[stage] for stage in damage}
+    assert contents(after) == contents(before)
+    for stage, place in (("reconstructions", "demo"), ("effects", "main/demo"), ("ablations", "main/demo")):
+        assert "1 of 2 items to make" in log(project, f"{stage}/{place}/heldout/0-of-1/0")
+    assert wanted(project) == {}
+
+
+def test_lost_activations_are_made_again_only_when_something_needs_them(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "lost")
+    before = items(project)
+    damaged(project, "activations", "missing")
+    assert wanted(project) == {}
+    damaged(project, "effects", "foreign")
+    assert wanted(project) == {"activations": 1, "effects": 1, "all": 1}
+    ran(project)
+    after = items(project)
+    assert made(before, after) == {ITEMS["activations"], ITEMS["effects"]}
+    assert contents(after) == contents(before)
+    assert "1 of 3 items to make" in log(project, "activations/demo/heldout/0-of-1/0")
+
+
+def test_lost_activations_are_left_alone_by_a_new_experiment_at_another_hook(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "elsewhere")
+    damaged(project, "activations", "missing")
+    new = {"id": "new", "interventions": ["sae_norm"], "saes": ["transcoder"]}
+    config = with_config(project, experiments=lambda experiments: [*experiments, new])
+    assert wanted(project, config=config) == {"effects": 1, **AFTERWARDS}
+
+
+def test_files_that_were_touched_rerun_nothing(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "touched")
+    for path in [*project.glob("results/**/*.h5"), *project.glob("pipeline/*.py")]:
+        os.utime(path)
+    assert wanted(project) == {}
 
 
 def effects_of(project: Path) -> dict[str, pl.DataFrame]:
@@ -215,30 +326,104 @@ def test_four_shards_give_the_same_numbers_per_token_as_one(finished, tmp_path):
 
 
 def test_a_killed_job_leaves_nothing_that_looks_finished(finished, tmp_path):
-    project = copy_project(tmp_path / "killed")
-    shutil.copytree(finished / "results", project / "results")
-    target = project / "results/activations/demo/heldout/blocks.3.hook_resid_pre/0-of-1.h5"
+    project = copy_run(finished, tmp_path / "killed")
+    target, stamp = project / ITEMS["activations"], "results/batches/activations/demo/heldout/0-of-1/0.json"
     target.unlink()
+    (project / stamp).unlink()
     # The stage kills its own process when the first batch has been written.
-    line = "            for first, last in batches.ranges(start, stop):\n"
-    indent = " " * 16
+    line = "        for first, last in batches.ranges(start, stop):\n"
+    indent = " " * 12
     kill = f"{line}{indent}if first:\n{indent}    import os\n\n{indent}    os.kill(os.getpid(), 9)\n"
     source = project / "pipeline/activations.py"
-    source.write_text(source.read_text().replace(line, kill))
-    run = snakemake(project, "--cores", "1", str(target.relative_to(project)))
+    with changed(source, lambda text: text.replace(line, kill)):
+        run = snakemake(project, "--cores", "1", stamp)
     assert run.returncode != 0
     assert not target.exists()
     assert [path.suffix for path in target.parent.iterdir()] == [".part"]
-    source.write_text((ROOT / "pipeline/activations.py").read_text())
-    run = snakemake(project, "--cores", "1", str(target.relative_to(project)))
-    assert run.returncode == 0, run.stdout + run.stderr
+    ran(project, stamp)
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert target.read_bytes() == (finished / target.relative_to(project)).read_bytes()
 
 
+def test_a_killed_job_of_effects_goes_on_where_it_was(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "killed")
+    shutil.rmtree(project / "results/effects")
+    # Every write to a spool is noted, and the third (of `resid`, the second time) kills the process. `store` only
+    # moves bytes, so that the fingerprints stay.
+    last = "        self.values[:, :, first : first + values.shape[2]] = np.where(np.isnan(values), np.inf, values)\n"
+    note = f"{last}        with open({str(tmp_path / 'puts')!r}, 'a') as file:\n"
+    note += "            print(self.path.parent.parent.name, first, file=file)\n"
+    kill = f"{note}        if first:\n            os.kill(os.getpid(), 9)\n"
+    source = project / "pipeline/store.py"
+    with changed(source, lambda text: text.replace(last, kill)):
+        run = snakemake(project, "--cores", "1", "--until", "effects")
+    assert run.returncode != 0
+    left = sorted(project.glob("results/effects/main/*/heldout/.*.spool"))
+    assert [path.parent.parent.name for path in left] == ["resid", "transcoder"]
+    assert list(project.glob("results/effects/**/*.parquet")) == []
+    assert (tmp_path / "puts").read_text().splitlines() == ["resid 0", "transcoder 0", "resid 8"]
+    (tmp_path / "puts").unlink()
+    with changed(source, lambda text: text.replace(last, note)):
+        ran(project, "--until", "effects")
+    expected = ["transcoder 8", *(f"{sae} {first}" for first in (16, 24, 32) for sae in ("resid", "transcoder"))]
+    assert (tmp_path / "puts").read_text().splitlines() == expected
+    assert list(project.glob("results/effects/**/.*")) == []
+    for path in finished.glob("results/effects/**/*.parquet"):
+        assert (project / path.relative_to(finished)).read_bytes() == path.read_bytes()
+
+
+def test_batches_of_one_give_the_bytes_of_a_batch_of_all(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "alone")
+    for name in ("activations", "reconstructions", "effects", "ablations", "batches"):
+        shutil.rmtree(project / "results" / name)
+    ran(project, "--until", "effects", "ablations", config=with_config(project, batch=lambda _: 1))
+    stamps = [path.parent.name for path in project.glob("results/batches/*/**/*.json")]
+    assert len(stamps) == 3 + 2 + 2 + 2  # hooks, and SAEs or the hooks where they write
+    assert contents(items(project)) == contents(items(finished))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_another_size_of_batches_computes_no_item_again(finished, tmp_path, size):
+    project = copy_run(finished, tmp_path / "other")
+    before, config = items(project), with_config(project, batch=lambda _: size)
+    ran(project, config=config)
+    after = items(project)
+    assert contents(after) == contents(before)
+    assert made(before, after, *ITEMS) == set()
+    logs = [path.read_text() for path in project.glob("results/logs/*/**/0-of-1/[12].log")]
+    assert len(logs) == {1: 2 + 1 + 1 + 1, 2: 0}[size]
+    assert all(" 0 of 1 items to make" in text for text in logs)
+    assert wanted(project, config=config) == {}
+    assert wanted(project) == {}
+
+
+def test_an_sae_that_gives_no_numbers_fails_by_name_and_the_others_of_its_batch_are_made(finished, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    project = copy_run(finished, tmp_path / "bad")
+    before = items(project)
+    shutil.copytree(ROOT / "demo/saes/resid3-l1-2", tmp_path / "sae")
+    weights = tmp_path / "sae/sae_weights.safetensors"
+    save_file({name: 1e30 * tensor for name, tensor in load_file(weights).items()}, weights)
+    damaged(project, "reconstructions", "missing")
+    bad = {"id": "broken", "path": str(tmp_path / "sae")}
+    config = with_config(project, saes=lambda saes: [bad, *saes])
+    run = snakemake(project, "--cores", "2", "--until", "reconstructions", config=config)
+    assert run.returncode != 0
+    said = log(project, "reconstructions/demo/heldout/0-of-1/0")
+    assert "SAE 'broken' is not finite at sequence" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    after = items(project)
+    assert contents(after) == contents(before)
+    assert made(before, after) == {ITEMS["reconstructions"]}
+    ran(project)  # without it
+    again = items(project)
+    assert contents(again) == contents(after)
+    assert made(after, again, *ITEMS) == set()
+
+
 def test_an_intervention_of_ones_own_runs_and_is_in_the_figures(finished, tmp_path):
-    project = copy_project(tmp_path / "own")
-    shutil.copytree(finished / "results", project / "results")
+    project = copy_run(finished, tmp_path / "own")
     source = project / "pipeline/interventions.py"
     new = "@INTERVENTIONS.register\ndef towards_the_mean(x_hat: Acts, mean: Acts):\n    return (x_hat + mean) / 2\n"
     source.write_text(f"{source.read_text()}\n\n{new}")
@@ -263,7 +448,7 @@ def test_a_wrong_configuration_is_told_before_anything_runs(finished):
 
 
 def test_rules_and_stages_and_patterns_have_the_same_names():
-    from pipeline.plan import PATTERNS
+    from pipeline.plan import BATCHES, PATTERNS
 
     rules = {path.stem for path in (ROOT / "workflow/rules").glob("*.smk")} - {"common"}
     assert rules == set(PATTERNS)
@@ -271,6 +456,8 @@ def test_rules_and_stages_and_patterns_have_the_same_names():
         text = (ROOT / f"workflow/rules/{name}.smk").read_text()
         assert f"rule {name}:" in text
         assert f"python -m pipeline.{name} " in text
+        assert (f'BATCHES["{name}"]' if name in BATCHES else f'PATTERNS["{name}"]') in text
+        assert f'inputs("{name}")' in text
         assert (ROOT / f"pipeline/{name}.py").exists()
 
 

@@ -1,18 +1,19 @@
-# The same for interventions that need no SAE.
+# The same for the interventions that need no SAE, once per hook; several hooks a job.
 rule ablations:
     input:
         inputs("ablations"),
     output:
-        PATTERNS["ablations"],
+        BATCHES["ablations"],
     log:
-        "results/logs/ablations/{experiment}/{model}/{corpus}/{hook}/{shard}.log",
+        "results/logs/ablations/{experiment}/{model}/{corpus}/{shard}/{batch}.log",
     benchmark:
-        "results/benchmarks/ablations/{experiment}/{model}/{corpus}/{hook}/{shard}.tsv"
+        "results/benchmarks/ablations/{experiment}/{model}/{corpus}/{shard}/{batch}.tsv"
     conda:
         "../envs/faithful.yaml"
     resources:
         device="cpu",
+        logits_mib=256,
     params:
         job=as_json("ablations"),
     shell:
-        "python -m pipeline.ablations --job {params.job:q} --in {input:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.ablations --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"

@@ -1,13 +1,13 @@
-# Activations at a hook, and the stream to resume from.
+# Activations at several hooks in one forward pass, and the streams from which patched runs resume.
 rule activations:
     input:
         inputs("activations"),
     output:
-        PATTERNS["activations"],
+        BATCHES["activations"],
     log:
-        "results/logs/activations/{model}/{corpus}/{hook}/{shard}.log",
+        "results/logs/activations/{model}/{corpus}/{shard}/{batch}.log",
     benchmark:
-        "results/benchmarks/activations/{model}/{corpus}/{hook}/{shard}.tsv"
+        "results/benchmarks/activations/{model}/{corpus}/{shard}/{batch}.tsv"
     conda:
         "../envs/faithful.yaml"
     resources:
@@ -15,4 +15,4 @@ rule activations:
     params:
         job=as_json("activations"),
     shell:
-        "python -m pipeline.activations --job {params.job:q} --in {input:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.activations --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"

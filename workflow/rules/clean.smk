@@ -12,7 +12,8 @@ rule clean:
         "../envs/faithful.yaml"
     resources:
         device="cpu",
+        logits_mib=256,
     params:
         job=as_json("clean"),
     shell:
-        "python -m pipeline.clean --job {params.job:q} --in {input:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.clean --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"

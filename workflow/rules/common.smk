@@ -1,6 +1,7 @@
 # Config -> plan, and what every rule needs of it. No rules here.
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -9,7 +10,7 @@ sys.path.insert(0, str(workflow.current_basedir.join("../..")))
 
 from pipeline import config as configuration
 from pipeline import store
-from pipeline.plan import PATTERNS, Plan
+from pipeline.plan import BATCHES, PATTERNS, Plan
 
 try:
     PLAN = Plan(configuration.load(config))
@@ -34,37 +35,49 @@ wildcard_constraints:
     experiment="[^/]+",
     hook=r"blocks\.\d+\.[a-z0-9_.]+",
     shard=r"\d+-of-\d+",
+    batch=r"\d+",
     figure="[a-z_]+",
 
 
-def job(stage, wildcards):
-    """The planned job of a rule's output; a file that no job makes is nobody's."""
-    path = PATTERNS[stage].format(**dict(wildcards.items()))
-    if path not in PLAN.jobs:
+def step(stage, wildcards):
+    """The planned job or batch of a rule's output; a file that no job makes is nobody's."""
+    path = (PATTERNS | BATCHES)[stage].format(**dict(wildcards.items()))
+    if path not in PLAN.steps:
         raise ValueError(f"'{path}' is not part of this configuration.")
-    return PLAN[path]
+    return PLAN.steps[path]
+
+
+def state(path):
+    """Of a planned item: "missing", "stale" or "current"."""
+    if not Path(path).exists():
+        return "missing"
+    return "current" if store.is_current(path, PLAN[path].fingerprint) else "stale"
+
+
+@cache
+def to_make():
+    """The steps that have to run, as the files stand when the run starts. A cluster's job is told, and does not ask."""
+    return PLAN.to_make(state) if workflow.is_main_process else set()
 
 
 def inputs(stage):
-    """The planned inputs. On the way, an output without the planned fingerprint is marked to be made again.
+    """The planned inputs. On the way, what has to be made is forced, and nothing else is started for its sake.
 
     Snakemake compares with what it noted of earlier runs, and after a failed run or the loss of its notes it keeps what
-    is stale; the files themselves know better.
+    is stale; the files themselves know better. So times do not count (`ancient`), except for the inputs of forced jobs:
+    Snakemake does not look at a job behind one that has to run, and would leave it out.
     """
 
     def planned(wildcards):
-        wanted = job(stage, wildcards)
-        path = Path(wanted.path)
-        if (
-            workflow.is_main_process
-            and path.exists()
-            and not store.is_current(path, wanted.fingerprint)
-        ):
-            workflow.dag.forcefiles.add(wanted.path)
-        return [upstream.path for _, upstream in wanted.inputs]
+        wanted = step(stage, wildcards)
+        paths = list(dict.fromkeys(PLAN.step(job).path for _, job in wanted.inputs))
+        if wanted.path not in to_make():
+            return [ancient(path) for path in paths]
+        workflow.dag.forcefiles.add(wanted.path)
+        return paths
 
     return planned
 
 
 def as_json(stage):
-    return lambda wildcards: job(stage, wildcards).json
+    return lambda wildcards: step(stage, wildcards).json

@@ -1,18 +1,19 @@
-# KL and cross-entropy per token, for every intervention that needs the SAE.
+# KL and cross-entropy per token, for every intervention that needs the SAE; several SAEs a job.
 rule effects:
     input:
         inputs("effects"),
     output:
-        PATTERNS["effects"],
+        BATCHES["effects"],
     log:
-        "results/logs/effects/{experiment}/{sae}/{corpus}/{shard}.log",
+        "results/logs/effects/{experiment}/{model}/{corpus}/{shard}/{batch}.log",
     benchmark:
-        "results/benchmarks/effects/{experiment}/{sae}/{corpus}/{shard}.tsv"
+        "results/benchmarks/effects/{experiment}/{model}/{corpus}/{shard}/{batch}.tsv"
     conda:
         "../envs/faithful.yaml"
     resources:
         device="cpu",
+        logits_mib=256,
     params:
         job=as_json("effects"),
     shell:
-        "python -m pipeline.effects --job {params.job:q} --in {input:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.effects --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"

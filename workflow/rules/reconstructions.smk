@@ -1,13 +1,13 @@
-# An SAE over stored activations; the only rule that runs one.
+# SAEs over stored activations, several a job; the only rule that runs one.
 rule reconstructions:
     input:
         inputs("reconstructions"),
     output:
-        PATTERNS["reconstructions"],
+        BATCHES["reconstructions"],
     log:
-        "results/logs/reconstructions/{sae}/{corpus}/{shard}.log",
+        "results/logs/reconstructions/{model}/{corpus}/{shard}/{batch}.log",
     benchmark:
-        "results/benchmarks/reconstructions/{sae}/{corpus}/{shard}.tsv"
+        "results/benchmarks/reconstructions/{model}/{corpus}/{shard}/{batch}.tsv"
     conda:
         "../envs/faithful.yaml"
     resources:
@@ -15,4 +15,4 @@ rule reconstructions:
     params:
         job=as_json("reconstructions"),
     shell:
-        "python -m pipeline.reconstructions --job {params.job:q} --in {input:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.reconstructions --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"

@@ -1,0 +1,1 @@
+"""The benchmark suite of the substitution engine: `python -m benchmarks.run`."""
