@@ -72,8 +72,8 @@ def run(options: Options) -> list[Table]:
     ]
     caption = (
         f"Demo: {SAE} at {hook.name}, {len(tokens)} x {CONTEXT} tokens of its text, {len(INTERVENTIONS)} "
-        f"interventions; times are per token and intervention. {_constants(parts)} of {len(parts)} micro-batches have "
-        "their special tokens in the same places, so that zero and mean are run once for all sequences."
+        f"interventions; times are per token and intervention. In {_constants(parts)} of {len(parts)} micro-batches "
+        "all sequences have their special tokens in the same places, so that zero and mean need only one of them."
     )
     return [Table(caption, rows)]
 

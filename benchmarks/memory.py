@@ -50,9 +50,8 @@ def run(options: Options) -> list[Table]:
         tokens = [measured("ours", count, MANY) for count in grown] + [measured("plain", n, MANY) for n in plainly]
     for row in tokens:
         first = next(each for each in tokens if each["form"] == row["form"])
-        row["time per token / that of the first"] = (row["wall s"] / row["micro-batches"]) / (
-            first["wall s"] / first["micro-batches"]
-        )
+        per_batch, of_first = (each["CPU s"] / each["micro-batches"] for each in (row, first))
+        row["CPU per token / that of the first"] = per_batch / of_first
     where = f"last of {shape['n_layers']} layers, d {shape['d_model']}, vocabulary {shape['d_vocab']}"
     weights = "Peak memory over the model's own weights"
     return [

@@ -61,7 +61,7 @@ def _ours(
 ) -> dict[str, torch.Tensor]:
     """The prefix, then the effects of `x_news` `seq draw d`, `together` draws in a call."""
     substitution = engine.Substitution(subject.decoder)
-    prefix = subject.decoder.prefix(site.hook, site.stream, site.x)
+    prefix = subject.decoder.prefix(site.hook, site.stream, site.x, POSITION)
     found = [
         substitution.effects_at(batch, site, prefix, POSITION, horizon, part) for part in x_news.split(together, dim=1)
     ]

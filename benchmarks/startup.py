@@ -1,5 +1,6 @@
 """Seconds until a job works: imports, weights, and the first micro-batch, each in a process of its own."""
 
+import os
 import re
 import resource
 import subprocess
@@ -61,7 +62,7 @@ def run(options: Options) -> list[Table]:
 
 def _child(code: str, threads: int) -> Time:
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    setting = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    setting = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=setting, check=True, capture_output=True)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return Time(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)

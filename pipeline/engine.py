@@ -83,13 +83,11 @@ class Substitution:
         span = slice(position, position + horizon + 1)
         final = self.decoder.resume_at(site.hook, prefix, position, horizon, x_new)
         _check_finite(final.flatten(0, 1), site.hook, batch.first)
-        unembedding, targets = self.decoder.unembedding(), next_tokens(batch.tokens)[:, span]
-        found = []
-        for i in range(len(final)):
-            hidden = unembedding.hidden(batch.final[i : i + 1, span])
-            runs = unembedding.hidden(final[i]).unflatten(0, final.shape[1:3])
-            found.append(metrics.patched_values(hidden, list(runs), targets[i], unembedding, self.budget))
-        values = {name: torch.stack([part[name] for part in found]) for name in found[0]}
+        unembedding, sequences = self.decoder.unembedding(), len(final)
+        hidden, target = unembedding.hidden(batch.final[:, span]), next_tokens(batch.tokens)[:, span].flatten()
+        runs = unembedding.hidden(final.transpose(0, 1).flatten(0, 1)).unflatten(0, (final.shape[1], -1))
+        values = metrics.patched_values(hidden, list(runs), target, unembedding, self.budget)
+        values = {name: value.unflatten(1, (sequences, -1)).transpose(0, 1) for name, value in values.items()}
         if position + horizon == length - 1:
             values["ce"][..., -1] = torch.nan
         return values

@@ -72,7 +72,7 @@ class Hooked:
             raise ValueError(f"The hook '{hook.name}' fired {len(fired)} times, expected once.")
         return final
 
-    def prefix(self, hook: Hook, stream: Residual | None, x: Acts) -> Prefix:
+    def prefix(self, hook: Hook, stream: Residual | None, x: Acts, last: int | None = None) -> Prefix:
         """As `Lean.prefix`, but nothing is kept that would shorten a run."""
         return Prefix(x, stream)
 

@@ -147,11 +147,11 @@ class Lean:
         with tf32(self.tf32):
             return self._after(hook, stream, x_new)
 
-    def prefix(self, hook: Hook, stream: Residual | None, x: Acts) -> Prefix:
-        """The clean run from `hook` on, for `resume_at`."""
-        made = Prefix(x, stream)
+    def prefix(self, hook: Hook, stream: Residual | None, x: Acts, last: int | None = None) -> Prefix:
+        """The clean run from `hook` on, for `resume_at` up to position `last`, or any where that is not given."""
+        made, before = Prefix(x, stream), slice(0, None if last is None else max(last, 1))
         with tf32(self.tf32):
-            self._after(hook, stream, x, _Keeping(made.keys))
+            self._after(hook, None if stream is None else stream[:, before], x[:, before], _Keeping(made.keys))
         return made
 
     def resume_at(self, hook: Hook, prefix: Prefix, position: int, horizon: int, x_new: Tensor) -> Tensor:

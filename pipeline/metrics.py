@@ -47,8 +47,8 @@ class Clean:
 
     hidden: Hidden
     products: Logits | None  # before the soft cap, where there is one
-    probability: Logits
-    total: Tensor  # token: the sum of `probability`, which rounding leaves a little off 1
+    probability: Logits  # up to a factor for each token, so that the largest is 1
+    total: Tensor  # token: the sum of `probability`
     top1: Tensor  # token
     target: Tensor  # token: the next token
     cross_entropy: TokenValues  # -log P[target]
@@ -59,18 +59,18 @@ class Clean:
         logits = unembedding.logits(products)
         products = products if unembedding.soft_cap else None
         at_target = logits.gather(-1, target[:, None]).squeeze(-1)
+        largest, top1 = logits.max(-1)
         if workers.compiled(hidden):
-            log_sum, total = torch.empty(len(hidden)), torch.empty(len(hidden))
-            top1 = torch.empty(len(hidden), dtype=torch.int64)
-            rows.clean_rows(*_numpy(logits, log_sum, total, top1))
-            return cls(hidden, products, logits, total, top1, target, log_sum - at_target)
-        log_sum = logits.logsumexp(-1)
-        p = (logits - log_sum[:, None]).exp_()
-        return cls(hidden, products, p, p.sum(-1), logits.argmax(-1), target, log_sum - at_target)
+            p, total = logits, torch.empty_like(largest)
+            rows.clean_rows(*_numpy(p, largest, total))
+        else:
+            p = (logits - largest[:, None]).exp_()
+            total = p.sum(-1)
+        return cls(hidden, products, p, total, top1, target, largest + total.log() - at_target)
 
     def entropy(self) -> TokenValues:
         """-sum_v P log P."""
-        return torch.special.entr(self.probability).sum(-1)
+        return torch.special.entr(self.probability).sum(-1) / self.total + self.total.log()
 
 
 def excess(p: Logits, x: Logits) -> TokenValues:
@@ -86,9 +86,10 @@ def excess(p: Logits, x: Logits) -> TokenValues:
 
 def tensor_form(p: Logits, d: Logits, total: Tensor, top1: Tensor) -> tuple[TokenValues, TokenValues, Tensor]:
     """What `rows.patched_rows` computes, for rows of `p` beside those of `d`, on any device and in any precision."""
-    mean = torch.linalg.vecdot(p, d) / total
+    p = p / total[:, None]
+    mean = torch.linalg.vecdot(p, d)
     x = d - mean[:, None]
-    kl = (excess(p, x) / total).log1p()
+    kl = excess(p, x).log1p()
     q = p * x.exp()
     return kl, mean, q.gather(-1, top1[:, None]).squeeze(-1) >= q.amax(-1)
 
@@ -207,8 +208,8 @@ class _FixedLogits:
         self, clean: Clean, first: int, unembedding: Unembedding, space: "_Workspace"
     ) -> tuple[TokenValues, TokenValues, Tensor]:
         """As the function `compare`, for clean tokens that begin at the token `first` of whole sequences."""
-        # Where P is 0 in float32, its logarithm does not matter, but must be a number.
-        d = torch.log(clean.probability, out=space.difference(clean.hidden)).clamp_min_(-80.0)
+        # Where P is 0, its logarithm does not matter, but must be a number.
+        d = torch.log(clean.probability, out=space.difference(clean.hidden)).clamp_min_(-88.0)
         rows = self.row[first : first + len(d)]
         start = 0
         while start < len(d):  # a piece for each sequence that the chunk touches, whose rows follow each other

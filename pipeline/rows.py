@@ -46,34 +46,20 @@ def exponential(x):
 
 @no_type_check
 @numba.njit(**_options)
-def clean_rows(logits, log_sum, total, top1):
-    """Rows of logits become probabilities in place. Per row: their log-sum, the sum of the probabilities, the top."""
+def clean_rows(logits, largest, total):
+    """Rows of logits become e^(logit - largest of the row) in place, at least e^-87; `total` is their sum per row."""
     width = logits.shape[1]
     for i in range(logits.shape[0]):
-        row = logits[i]
-        top = 0
-        for v in range(width):
-            if row[v] > row[top]:
-                top = v
-        best = row[top]
-        whole = 0.0
+        row, best, whole = logits[i], largest[i], 0.0
         for start in range(0, width, BLOCK):
+            stop = min(start + BLOCK, width)
+            for v in range(start, stop):
+                row[v] = exponential(row[v] - best)[1]
             part = _f(0.0)
-            for v in range(start, min(start + BLOCK, width)):
-                x = row[v] - best
-                e = exponential(x)[1] if x > _f(-87.0) else _f(0.0)
-                row[v] = e
-                part += e
-            whole += part
-        scale = _f(1.0 / whole)
-        again = 0.0
-        for start in range(0, width, BLOCK):
-            part = _f(0.0)
-            for v in range(start, min(start + BLOCK, width)):
-                row[v] *= scale
+            for v in range(start, stop):
                 part += row[v]
-            again += part
-        log_sum[i], total[i], top1[i] = best + math.log(whole), again, top
+            whole += part
+        total[i] = whole
 
 
 @no_type_check
@@ -81,8 +67,8 @@ def clean_rows(logits, log_sum, total, top1):
 def patched_rows(d, at, p, total, top1, kl, mean, agrees):
     """KL, mean logit difference under P, and whether the top token stays, for rows of logit differences `d`.
 
-    Row i is compared with the clean row `at[i]` of `p`. Where some x is above HUGE, `kl` is infinite, and the caller
-    sums logarithms instead.
+    Row i is compared with the clean row `at[i]` of `p`, which sums to `total`. Where some x is above HUGE, `kl` is
+    infinite, and the caller sums logarithms instead.
     """
     width = d.shape[1]
     for i in range(d.shape[0]):

@@ -105,7 +105,8 @@ def test_one_position_with_the_prefix_equals_the_whole_context(pair, position):
     for hook in hooks(lean.weights):
         ((x, stream),), ((whole_x, whole),) = lean.read(rows, [hook]), hooked.read(rows, [hook])
         x_new = torch.randn(3, draws, x.shape[-1], generator=torch.Generator().manual_seed(1))
-        found = lean.resume_at(hook, lean.prefix(hook, stream, x), position, horizon, x_new)
+        found = lean.resume_at(hook, lean.prefix(hook, stream, x, position), position, horizon, x_new)
+        assert_near(found, lean.resume_at(hook, lean.prefix(hook, stream, x), position, horizon, x_new), hook.name)
         expected = hooked.resume_at(hook, hooked.prefix(hook, whole, whole_x), position, horizon, x_new)
         assert found.shape == (3, draws, horizon + 1, 16)
         assert_near(found, expected, hook.name)
