@@ -136,7 +136,7 @@ def agreement(ours: Tensor, plain: Tensor) -> float:
 def machine(threads: int, load: float) -> dict[str, object]:
     """What the numbers depend on; `load` is the average of processes that wanted to run when the part began."""
     return {
-        "cpu": _cpu(),
+        "cpu": linear.processor("model name"),
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
@@ -147,11 +147,3 @@ def machine(threads: int, load: float) -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.platform(),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

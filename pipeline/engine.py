@@ -59,11 +59,6 @@ class Substitution:
         values["ce"][..., -1] = torch.nan
         return values
 
-    def resume(self, batch: Batch, site: Site, x_new: Acts) -> Residual:
-        """The final residual stream with `x_new` in place of the activation; where `batch.kept` is set, it is left
-        alone."""
-        return self.decoder.resume(site.hook, site.stream, _merged(batch, site, x_new))
-
     def effects_at(
         self, batch: Batch, site: Site, prefix: Prefix, position: int, horizon: int, x_new: Tensor
     ) -> dict[str, Tensor]:

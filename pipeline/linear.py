@@ -47,10 +47,10 @@ def can_pack() -> bool:
         return False
 
 
-def processor() -> str:
-    """The maker of the processor as Linux names it, else what Python knows."""
+def processor(field: str = "vendor_id") -> str:
+    """The maker of the processor, or its "model name", as Linux has it; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), platform.machine())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), platform.machine())
