@@ -24,12 +24,14 @@ include: "workflow/rules/top_tokens.smk"
 include: "workflow/rules/checks.smk"
 include: "workflow/rules/summary.smk"
 include: "workflow/rules/analyses.smk"
+include: "workflow/rules/paper.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/plan.smk"
 
 
 onsuccess:
-    if HEADLINE.exists():
+    if HEADLINE.exists() and state(REPORT.as_posix()) == "current":
         print(f"\nReport: {REPORT.resolve()}\n{HEADLINE.read_text()}")
 
 

@@ -4,54 +4,35 @@ An analysis is a registered function. It takes what it needs, by name: the table
 `errors`, ...), each with the labels of what it is about, and `boot`, which makes a Bootstrap over some sequences.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from pathlib import Path
 
-import h5py
 import numpy as np
 import polars as pl
 
-from pipeline import correlates, store
+from pipeline import correlates, metric_tables, store
+from pipeline.atlas import atlas_rows
 from pipeline.compounding import super_additivity
+from pipeline.compute import Calibration, calibration, calibration_rows
 from pipeline.curvature import curvature_rows
 from pipeline.dark_matter import dark_matter_rows
 from pipeline.dose import cosine_rows, dose_rows, dose_summary
 from pipeline.draws import draw_rows, draw_summary
-from pipeline.hooks import parse_hook
+from pipeline.grouping import Tables, attributes, grouped
 from pipeline.ladder import ladder_rows
+from pipeline.metric_tables import Families, Texts, component
 from pipeline.registry import Registry
 from pipeline.single import single_rows
 from pipeline.stage import Call, log, run
 from pipeline.statistics import Bootstrap
 
 ANALYSES = Registry("analysis")
-PLACE = ("model", "corpus", "experiment", "hook", "sae")
-UNITS = dict.fromkeys(("kl_mean", "kl_sae", "kl_median", "delta_ce_mean", "kl_second_order_mean", "single_sum"), "nats")
+IN_NATS = ("kl", "kl_mean", "kl_sae", "kl_median", "delta_ce_mean", "kl_second_order_mean", "single_sum", "nats_lost")
+IN_NATS += ("ce", "ce_clean", "ce_base", "ce_mean", "ce_clean_mean", "nats_at_90")
+UNITS = dict.fromkeys(IN_NATS, "nats")
 
-
-@dataclass(frozen=True)
-class Table:
-    """All shards of what one job per shard has written, and what they are about; `sae` is None for ablations."""
-
-    labels: dict[str, str | int | None]
-    attributes: dict
-    paths: list[Path]
-
-    def read(self, *columns: str) -> pl.DataFrame:
-        """Columns of all shards, with the intervention as text. Sequences are numbered among those that are there,
-        because a bootstrap draws from these."""
-        table = pl.scan_parquet(self.paths).select(columns).with_columns(pl.col("intervention").cast(pl.String))
-        return table.with_columns(sequence=pl.col("sequence").rank("dense").cast(pl.Int64) - 1).collect()
-
-    def labelled(self, rows: pl.DataFrame) -> pl.DataFrame:
-        return rows.select(*(pl.lit(value).alias(name) for name, value in self.labels.items()), pl.all())
-
-
-Tables = list[Table]
 Boot = Callable[[pl.DataFrame], Bootstrap]
 TOKEN = ("intervention", "draw", "sequence", "position", "special", "kl", "ce", "ce_clean")
 
@@ -146,6 +127,63 @@ def correlations(effects: Tables, tokens: dict[tuple[str, str], Path], boot: Boo
     return pl.concat(parts, how="vertical_relaxed")
 
 
+@ANALYSES.register
+def atlas(ablations: Tables, boot: Boot) -> pl.DataFrame:
+    """Per component, layer and ablation (and attention head): what the model loses, and what 90 % recovered leaves."""
+    rows = _each(ablations, TOKEN, lambda table: atlas_rows(table, boot(table)))
+    return metric_tables.of_a_head(rows.with_columns(component=pl.col("hook").map_elements(component, pl.String)))
+
+
+@ANALYSES.register
+def metrics(
+    effects: Tables, ablations: Tables, texts: Texts, calibrations: list[Calibration], boot: Boot
+) -> pl.DataFrame:
+    """Per SAE and intervention: every metric against every baseline, and the effective compute by every calibration."""
+    return metric_tables.metric_rows(effects, ablations, texts, calibrations, boot)
+
+
+@ANALYSES.register
+def calibrated(calibrations: list[Calibration]) -> pl.DataFrame:
+    """Per calibration: its source, the range that it holds for, and its law."""
+    return calibration_rows(calibrations)
+
+
+@ANALYSES.register
+def metric_ranks(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Per metric and SAE: its rank, 1 the best."""
+    return metric_tables.verdicts(metrics).ranks
+
+
+@ANALYSES.register
+def metric_agreements(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Per two metrics: the rank correlations of the SAEs by both."""
+    return metric_tables.verdicts(metrics).agreements
+
+
+@ANALYSES.register
+def metric_flips(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Pairs of SAEs that two metrics order the other way round, worst first."""
+    return metric_tables.verdicts(metrics).flips
+
+
+@ANALYSES.register
+def frontier_points(families: list[Families]) -> pl.DataFrame:
+    """Per SAE of a family: L0, losses and performance hit, and whether it is Pareto-optimal."""
+    return metric_tables.frontier_points(families)
+
+
+@ANALYSES.register
+def frontier_fits(families: list[Families]) -> pl.DataFrame:
+    """Per family and model of its curve: the parameters, and how well it fits."""
+    return metric_tables.frontier_fits(families)
+
+
+@ANALYSES.register
+def frontier_factors(families: list[Families]) -> pl.DataFrame:
+    """Per two families: the factors between them."""
+    return metric_tables.frontier_factors(families)
+
+
 def _each(tables: Tables, columns: tuple[str, ...], rows: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
     return pl.concat([table.labelled(rows(table.read(*columns))) for table in tables], how="vertical_relaxed")
 
@@ -153,33 +191,6 @@ def _each(tables: Tables, columns: tuple[str, ...], rows: Callable[[pl.DataFrame
 def _power(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with store.arrays(path, {"power": "fold part", "count": "fold"}) as file:
         return file["power"][:], file["count"][:]
-
-
-def grouped(paths: Iterable[Path]) -> Tables:
-    """The files of one stage, with all shards of the same place together."""
-    places = defaultdict(list)
-    found = {}
-    for path in paths:
-        attributes = _attributes(path)
-        place = tuple(attributes.get(name) for name in PLACE)
-        places[place].append(path)
-        found[place] = attributes
-    return [
-        Table(dict(zip(PLACE, place, strict=True)) | {"layer": _layer(place)}, found[place], shards)
-        for place, shards in places.items()
-    ]
-
-
-def _layer(place: tuple) -> int | None:
-    hook = place[PLACE.index("hook")]
-    return None if hook is None else parse_hook(hook).layer
-
-
-def _attributes(path: Path) -> dict:
-    if path.suffix == ".parquet":
-        return store.table_attributes(path)
-    with h5py.File(path, "r") as file:
-        return {name: value for name, value in file.attrs.items() if isinstance(value, str)}
 
 
 def _boot(settings: dict, table: pl.DataFrame) -> Bootstrap:
@@ -191,19 +202,43 @@ def _tokens(paths: list[Path]) -> dict[tuple[str, str], Path]:
     """(model, corpus) -> its tokens."""
     found = {}
     for path in paths:
-        attributes = _attributes(path)
-        found[attributes["model"], attributes["corpus"]] = path
+        about = attributes(path)
+        found[about["model"], about["corpus"]] = path
     return found
+
+
+def _given(call: Call) -> dict[str, Callable[[], object]]:
+    """What an analysis may ask for beside tables, by name, made when it is asked for."""
+    settings, options = call.settings, call.settings["bootstrap"]
+    sources = {
+        "boot": lambda: partial(_boot, settings),
+        "tokens": lambda: _tokens(call.inputs["tokens"]),
+        "texts": lambda: {
+            place: metric_tables.text_losses(path, settings.get("bigram_smoothing"))
+            for place, path in _tokens(call.inputs["tokens"]).items()
+        },
+        "calibrations": lambda: [
+            calibration(text, name, **options, seed=settings["seed"]) for name, text in settings["calibrations"]
+        ],
+    }
+    tables = {name: partial(grouped, call.inputs.get(name, [])) for name in ("effects", "ablations")}
+    sources["families"] = lambda: metric_tables.families_of(
+        *(read() for read in tables.values()), sources["texts"](), settings["families"], sources["boot"]()
+    )
+    return sources
+
+
+def _argument(name: str, call: Call) -> object:
+    """What an analysis takes by that name: one of `_given`, another analysis's table, or the tables of a stage."""
+    given = _given(call)
+    if name in given:
+        return given[name]()
+    return pl.read_parquet(call.input(name)) if name in ANALYSES else grouped(call.inputs.get(name, []))
 
 
 def work(call: Call) -> None:
     analysis = ANALYSES[call.key["analysis"]]
-    given = {"boot": partial(_boot, call.settings), "tokens": _tokens(call.inputs["tokens"])}
-    wanted = {
-        name: given[name] if name in given else grouped(call.inputs.get(name, []))
-        for name in signature(analysis).parameters
-    }
-    table = analysis(**wanted)
+    table = analysis(**{name: _argument(name, call) for name in signature(analysis).parameters})
     store.write_table(call.output, [table.to_arrow()], call.fingerprint, UNITS)
     log.info("%s: %d rows", call.key["analysis"], table.height)
 

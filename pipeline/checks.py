@@ -65,7 +65,8 @@ def check_table(call: Call, path: Path, wide: Hooked, tokens: Tensor, special: T
     with ExitStack() as stack:
         files = {role: _file(stack, call, role, hook, sae) for role in ("activations", "moments")}
         files |= {role: _file(stack, call, role, hook, sae) if sae else None for role in ("reconstructions", "errors")}
-        sources = Sources({role: file for role, file in files.items() if file}, call.settings["seed"], call.device)
+        given = {role: file for role, file in files.items() if file}
+        sources = Sources(given, call.settings["seed"], call.device, wide.weights.settings["n_heads"])
         count = min(len(tokens), len(files["activations"]["activation"]))
         tokens, kept = tokens[:count], kept[:count]
         clean = [_log_probabilities(wide, row[None]) for row in tokens]

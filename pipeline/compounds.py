@@ -87,7 +87,7 @@ class Study:
             start = int(file.attrs["first"])
             found[name] = _rows(file["activation"], slice(first - start, last - start))
         settings = self.model.weights.settings
-        geometry = Geometry(**{size.name: settings[size.name] for size in fields(Geometry)})
+        geometry = Geometry(**{size.name: settings[size.name] for size in fields(Geometry) if size.name in settings})
         for name in self.call.settings["interventions"]:
             for argument in set(interventions.arguments(name)) & set(sets.NORMAL):
                 for hook in {member.write for member in self.members}:

@@ -10,8 +10,9 @@ from types import MappingProxyType
 import yaml
 from jsonschema import Draft202012Validator, validators
 
-from pipeline.experiments import experiment
+from pipeline.experiments import atlas, experiment
 from pipeline.hooks import READ_SITES, WRITE_SITES, Geometry, Hook, parse_hook, read_geometry, read_json
+from pipeline.measures import Measures, measures
 from pipeline.registry import unknown
 
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
@@ -78,6 +79,7 @@ class Study:
     saes: MappingProxyType
     experiments: MappingProxyType
     series: MappingProxyType
+    metrics: Measures
 
 
 def load(config: dict) -> Study:
@@ -86,12 +88,18 @@ def load(config: dict) -> Study:
     models = _by_id("models", [_model(entry) for entry in config["models"]])
     corpora = _by_id("corpora", [_corpus(entry, models) for entry in config["corpora"]])
     saes = _by_id("saes", [_sae(entry, models) for entry in config["saes"]])
-    experiments = _by_id("experiments", [experiment(entry, saes, corpora) for entry in config["experiments"]])
+    experiments = [experiment(entry, saes, corpora) for entry in config["experiments"]]
+    if "atlas" in config:
+        experiments.append(atlas(config["atlas"], models, corpora))
+    if not experiments:
+        raise ValueError("There is nothing to do. Give `experiments`, or `atlas: {}` for ablations without any SAE.")
+    experiments = _by_id("experiments", experiments)
     _check_shards(config["shards"], corpora, experiments)
     precision, bootstrap = MappingProxyType(config["precision"]), MappingProxyType(config["bootstrap"])
     sizes = config["seed"], config["shards"], config["batch"]
     series = _by_id("series", [_series(entry, saes) for entry in config["series"]])
-    return Study(*sizes, precision, bootstrap, models, corpora, saes, experiments, series)
+    found = measures(config["metrics"], saes, experiments)
+    return Study(*sizes, precision, bootstrap, models, corpora, saes, experiments, series, found)
 
 
 def _check_shards(shards: int, corpora: MappingProxyType, experiments: MappingProxyType) -> None:

@@ -103,7 +103,7 @@ def _item(stack: ExitStack, call: Call, weights: models.Weights, places: list[Pl
     runs = [run for run in _runs(call) if run not in known.runs]
     columns = len(settings["positions"]) * (settings["horizon"] + 1) if "positions" in settings else length
     shape = (len(tables.VALUES), len(runs), sum(place.last - place.first for place in places), columns)
-    sources = Sources(files, settings.get("seed", 0), call.device)
+    sources = Sources(files, settings.get("seed", 0), call.device, weights.settings["n_heads"])
     return Item(call, hook, sources, runs, store.Spool(call.output, call.fingerprint, shape), known)
 
 

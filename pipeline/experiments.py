@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from pipeline import fingerprint
-from pipeline.labels import ARGUMENTS, OF_AN_SAE, label, parsed
+from pipeline.labels import ARGUMENTS, COMPONENTS, OF_A_HEAD, OF_AN_SAE, label, parsed
 from pipeline.registry import unknown
 
 
 @dataclass(frozen=True)
 class Experiment:
     """`interventions` are labels: those with a strength stand there once for each. What a scope has no use for is
-    empty, None or its default."""
+    empty, None or its default. `models`, `components` and `layers` (None: all) are the atlas's, which has no SAEs."""
 
     id: str
     scope: str
@@ -29,6 +29,9 @@ class Experiment:
     curvature: int | None
     examples: int | None
     chosen: tuple[tuple[int, int], ...]
+    models: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
 
 
 ONE_POSITION = ("single", "draws")
@@ -50,6 +53,8 @@ FILLED = {"draws": 1, "encode": "patched"}
 # The default of `horizon`. Gurnee 2024 reads 16 positions after the replaced one.
 HORIZON = {"single": 16}
 COMPOUND = ("sae", "eps_random", "act_cov_random")
+# What the atlas ablates where `components` are left out.
+ATLAS = tuple(name for name in COMPONENTS if name != "z")
 # Grids of strengths, and the ends of what may be in them, as in the schema.
 GRIDS = {"alphas": (-10, 10), "cosines": (-1, 1)}
 
@@ -91,8 +96,50 @@ def experiment(entry: dict, saes: Mapping, corpora: Mapping) -> Experiment:
     )
 
 
+def atlas(entry: dict, models: Mapping, corpora: Mapping) -> Experiment:
+    """The ablation of every component at every layer, as an experiment without SAEs. ValueError where a name is not
+    known, and where a model lacks a layer or a component that is asked for."""
+    what = "`atlas`"
+    selected = {
+        "models": _selected(what, "model", entry["models"], models),
+        "corpora": _selected(what, "corpus", entry["corpora"], corpora),
+    }
+    layers = None if entry["layers"] == "all" else tuple(sorted(entry["layers"]))
+    for name in selected["models"]:
+        geometry = models[name].geometry
+        if layers and layers[-1] >= geometry.n_layers:
+            raise ValueError(f"{what}: layer {layers[-1]}, but model '{name}' has layers 0 to {geometry.n_layers - 1}.")
+        if geometry.parallel and "resid_mid" in entry.get("components", ()):
+            raise ValueError(
+                f"{what}: model '{name}' runs attention and MLP side by side and has no 'resid_mid'. Leave it out of "
+                "`components`."
+            )
+    return Experiment(
+        id="atlas",
+        scope="atlas",
+        interventions=tuple(entry["interventions"]),
+        saes=(),
+        corpora=selected["corpora"],
+        patch_special=entry["patch_special"],
+        positions=(),
+        horizon=0,
+        draws=1,
+        contexts=entry.get("contexts"),
+        sets=None,
+        encode=FILLED["encode"],
+        curvature=None,
+        examples=None,
+        chosen=(),
+        models=selected["models"],
+        components=tuple(entry.get("components", ATLAS)),
+        layers=layers,
+    )
+
+
 def _selected(what: str, kind: str, wanted: list[str] | str, known: Mapping) -> tuple[str, ...]:
     names = tuple(known) if wanted == "all" else tuple(wanted)
+    if not names:
+        raise ValueError(f"{what}: there is no {kind} in the configuration. Name some, or leave the experiment out.")
     for name in names:
         if name not in known:
             raise ValueError(f"{what}: " + unknown(kind, name, known))
@@ -129,6 +176,8 @@ def _expanded(what: str, entry: dict, given: str, known: Mapping[str, list[str]]
         raise ValueError(f"{what}: " + unknown("intervention", given, known))
     if entry["scope"] == "compound" and name not in ("identity", *COMPOUND):
         raise ValueError(f"{what}: '{name}' is not known for several SAEs at once, only {', '.join(COMPOUND)}.")
+    if name in OF_A_HEAD.values():
+        raise ValueError(f"{what}: '{name}' is for the atlas alone. Put `z` among the `components` of `atlas`.")
     for argument in known[name]:
         if argument not in ARGUMENTS:
             raise ValueError(f"Intervention '{name}': " + unknown("argument", argument, ARGUMENTS))

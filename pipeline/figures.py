@@ -12,7 +12,16 @@ import polars as pl
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline import effect_charts, error_charts, selection, store, study_charts, token_figures
+from pipeline import (
+    effect_charts,
+    error_charts,
+    frontier_charts,
+    metric_charts,
+    selection,
+    store,
+    study_charts,
+    token_figures,
+)
 from pipeline.charts import PAIR, PANEL, place_of, placed
 from pipeline.hooks import parse_hook
 from pipeline.registry import Registry
@@ -111,6 +120,36 @@ def top_25(extremes: pl.DataFrame, top_tokens: pl.DataFrame) -> tuple[Figure, pl
 def rank_correlations(correlations: pl.DataFrame) -> tuple[Figure, pl.DataFrame]:
     data = placed(correlations)
     return token_figures.correlations_figure(data), data
+
+
+@FIGURES.register
+def atlas_by_layer(atlas: pl.DataFrame) -> tuple[Figure, pl.DataFrame]:
+    data = atlas.filter(pl.col("head").is_null())
+    return metric_charts.atlas(data), data
+
+
+@FIGURES.register
+def atlas_heads(atlas: pl.DataFrame) -> tuple[Figure, pl.DataFrame]:
+    data = atlas.filter(pl.col("head").is_not_null())
+    return metric_charts.heads(data), data
+
+
+@FIGURES.register
+def metric_verdicts(metric_ranks: pl.DataFrame, metric_agreements: pl.DataFrame) -> tuple[Figure, pl.DataFrame]:
+    return metric_charts.verdicts(metric_ranks, metric_agreements), metric_ranks
+
+
+@FIGURES.register
+def effective_compute(metrics: pl.DataFrame) -> tuple[Figure, pl.DataFrame]:
+    data = metrics.filter(pl.col("metric") == "effective_compute", pl.col("intervention").is_in(PAIR))
+    return metric_charts.effective_compute(data), data
+
+
+@FIGURES.register
+def frontier(frontier_points: pl.DataFrame, frontier_fits: pl.DataFrame) -> tuple[Figure, pl.DataFrame]:
+    # The curves are the same whatever their intervals are made from.
+    fits = frontier_fits.filter(pl.col("intervals") == frontier_fits["intervals"].first())
+    return frontier_charts.frontier(frontier_points, fits), frontier_points
 
 
 @FIGURES.register

@@ -23,8 +23,9 @@ from pipeline.fits import FAR, LOGARITHMIC, MODELS, PARAMETERS, Batch, Fit, Scat
 from pipeline.statistics import divided
 
 NUMBERS = ("l0", "ce", "ce_clean", "ce_base")
+RESAMPLED = (*NUMBERS, "kl")
 CHOICES = ("pareto", "all")
-FITS = {"family": pl.String, "model": pl.String, "points": pl.String, "n": pl.Int64, "n_left_out": pl.Int64}
+FITS = {"family": pl.String, "curve": pl.String, "points": pl.String, "n": pl.Int64, "n_left_out": pl.Int64}
 FITS |= {"errors": pl.String} | {name + end: pl.Float64 for name in PARAMETERS for end in ("", "_low", "_high")}
 FITS |= dict.fromkeys(("aicc", "loo", "loo_hit"), pl.Float64) | {"converged": pl.Boolean, "warning": pl.String}
 # Resampled estimates agree with the table to the digits that its numbers may have been stored with.
@@ -131,7 +132,7 @@ def points(table: pl.DataFrame, relative: bool = False) -> pl.DataFrame:
 def fit(
     table: pl.DataFrame, resampling: Replicates | Scatter, choice: str = "pareto", relative: bool = False
 ) -> pl.DataFrame:
-    """A row per family, in the table's order, and model of MODELS; the columns are FITS.
+    """A row per family, in the table's order, and `curve`, a name of MODELS; the columns are FITS.
 
     `choice` "pareto" takes a family's Pareto-optimal points, "all" all; `n` are fitted, `n_left_out` have no hit, or
     none that a logarithmic model can use. `errors` names the space of the errors: hit or log_hit. `m` and `a` are hits
@@ -143,7 +144,7 @@ def fit(
     for family in found.families:
         for name in MODELS:
             each, left_out = found.fit(family, name, choice)
-            row = {"family": family, "model": name, "points": choice, "n": len(each.x), "n_left_out": left_out}
+            row = {"family": family, "curve": name, "points": choice, "n": len(each.x), "n_left_out": left_out}
             row |= {"errors": "log_hit" if each.model.log else "hit", "converged": each.converged}
             row |= dict(zip(("loo", "loo_hit"), each.leave_one_out(), strict=True)) | {"aicc": each.aicc()}
             for parameter in each.model.parameters:
@@ -188,7 +189,7 @@ def _undetermined(found: Fit, name: str) -> list[str]:
 
 def curve(row: Mapping, x: Float[np.ndarray, " x"]) -> Float[np.ndarray, " x"]:
     """The hit along the curve of a row of `fit`, for figures; NaN where a parameter is null."""
-    model = MODELS[row["model"]]
+    model = MODELS[row["curve"]]
     values = [math.nan if row[name] is None else row[name] for name in model.parameters]
     slope = 1.0 if model.slope is None else values[1]
     intercept = values[0] if not model.log else math.log(values[0]) * (-slope if model.saturates else 1)
@@ -228,7 +229,7 @@ def read_csv(path: Path, names: Mapping[str, str] | None = None, families: Seque
 def _text(path: Path, called: Mapping[str, str]) -> pl.DataFrame:
     """The columns by the names of a table, as they are written, and `line`."""
     try:
-        text = pl.read_csv(path, infer_schema=False)
+        text = pl.read_csv(path, infer_schema=False, glob=False)
     except (pl.exceptions.ComputeError, pl.exceptions.NoDataError) as error:
         raise ValueError(f"{path} is no table of comma-separated values: {error}") from error
     if missing := [called[name] for name in FILE if called[name] not in text.columns and name not in OPTIONAL]:
@@ -236,6 +237,8 @@ def _text(path: Path, called: Mapping[str, str]) -> pl.DataFrame:
             f"{path} has columns {', '.join(text.columns)}, and lacks {', '.join(missing)}. Say in `names` what it "
             'calls them, as in {"family": "arch", "baseline": "zero"}.'
         )
+    if twice := [name for name in called.values() if f"{name}_duplicated_0" in text.columns]:
+        raise ValueError(f"{path} has the column {twice[0]} twice, expected it once. Rename one of them.")
     if text.is_empty():
         raise ValueError(f"{path} has a header and no line below it, expected a line per SAE.")
     found = {column: pl.col(called[name]) for name, column in FILE.items() if called[name] in text.columns}

@@ -23,6 +23,9 @@ class Geometry:
     d_head: int
     n_ctx: int
     d_vocab: int
+    d_mlp: int = 0
+    # Whether attention and MLP read the same stream, side by side: then there is no stream between them.
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,4 +97,14 @@ def read_geometry(folder: Path) -> Geometry:
                 "Face decoder's configuration."
             )
         sizes[size] = values[0]
-    return Geometry(**sizes, d_head=settings.get("head_dim") or sizes["d_model"] // sizes["n_heads"])
+    d_head = settings.get("head_dim") or sizes["d_model"] // sizes["n_heads"]
+    d_mlp = settings.get("intermediate_size") or settings.get("n_inner") or 4 * sizes["d_model"]
+    return Geometry(**sizes, d_head=d_head, d_mlp=d_mlp, parallel=_is_parallel(settings))
+
+
+def _is_parallel(settings: dict) -> bool:
+    """Whether a Hugging Face configuration is of a decoder with parallel attention and MLP."""
+    kind = settings.get("model_type")
+    if kind == "gpt_neox":
+        return settings.get("use_parallel_residual", True)
+    return kind in ("gptj", "phi") or bool(settings.get("parallel_attn") or settings.get("new_decoder_architecture"))

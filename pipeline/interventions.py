@@ -10,12 +10,13 @@ An intervention takes what it needs, by name (`config.ARGUMENTS` says what each 
     linear_error  the part of the error that is     other_error   the SAE's error at a random token
                   linear in x                       alpha         a strength, from the experiment's grid `alphas`
     simple_error  the error's mean and shrinkage    cosine        the same, from `cosines`
+                                                    head          where x belongs to one attention head
 
 The names decide the rest: one that takes nothing of an SAE is run once per hook, one that takes something random is run
 again for another seed. What is random depends on (seed, intervention, sequence, draw) only.
 
-All are `seq pos d` except `mean`, ` d`, and the strengths. None changes its arguments. The linear part of the error is
-fitted on the half of the corpus that the token is not in.
+All are `seq pos d` except `mean` and `head`, ` d`, and the strengths. None changes its arguments. The linear part of
+the error is fitted on the half of the corpus that the token is not in.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline import labels
@@ -94,6 +95,24 @@ def mean(x: Acts, mean: Float[Tensor, " d"]) -> Acts:
 def resample(other: Acts) -> Acts:
     """The activation of another, randomly chosen token of the corpus. Causal scrubbing (Chan et al. 2022)."""
     return other.clone()
+
+
+@INTERVENTIONS.register
+def zero_head(x: Acts, head: Bool[Tensor, " d"]) -> Acts:
+    """`zero` for one head of `hook_z`, the others left as they are."""
+    return torch.where(head, 0, x)
+
+
+@INTERVENTIONS.register
+def mean_head(x: Acts, mean: Float[Tensor, " d"], head: Bool[Tensor, " d"]) -> Acts:
+    """`mean` for one head of `hook_z`, the others left as they are."""
+    return torch.where(head, mean, x)
+
+
+@INTERVENTIONS.register
+def resample_head(x: Acts, other: Acts, head: Bool[Tensor, " d"]) -> Acts:
+    """`resample` for one head of `hook_z`, the others left as they are."""
+    return torch.where(head, other, x)
 
 
 @INTERVENTIONS.register

@@ -23,6 +23,7 @@ PATTERNS = {
     "checks": "results/checks/{experiment}/{model}/{corpus}.parquet",
     "summary": "results/summary/effects.parquet",
     "analyses": "results/summary/{analysis}.parquet",
+    "paper": "results/paper/saes.parquet",
     "figures": "results/figures/{figure}.parquet",
     "report": "results/report.html",
 }

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "simple_error": ("errors",),
     "alpha": ("alphas",),
     "cosine": ("cosines",),
+    "head": ("heads",),
 }
 # An intervention that is made from one of these belongs to an SAE; all others belong to a hook.
 OF_AN_SAE = ("reconstructions", "errors")
@@ -30,9 +31,13 @@ DOSES = ("error_scaled", "eps_random_scaled", "act_cov_random_scaled")
 TURNS = ("theta_random_at", "theta_error_at")
 RESTORED = ("shrinkage_restored", "linear_error_restored", "nonlinear_error_restored")
 SPECIAL_PURPOSE = (*LADDER, *DOSES, *TURNS, *RESTORED)
+# What the atlas ablates, and at which site; of attention's z one head at a time, by interventions of their own.
+COMPONENTS = {name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")}
+COMPONENTS["z"] = "attn.hook_z"
+OF_A_HEAD = {name: f"{name}_head" for name in ("zero", "mean", "resample")}
 
 
-def label(name: str, strength: float | None = None) -> str:
+def label(name: str, strength: float | int | None = None) -> str:
     """The label of an intervention: `error_scaled`, 0.5 -> `error_scaled(0.5)`. It keeps every digit of the strength:
     that of the label is the one that is run."""
     return name if strength is None else f"{name}({repr(strength + 0.0).removesuffix('.0')})"

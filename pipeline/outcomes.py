@@ -10,6 +10,8 @@ from pipeline.config import Sae
 from pipeline.experiments import Experiment
 from pipeline.jobs import Job
 from pipeline.labels import DOSES, LADDER, PAIR, SPECIAL_PURPOSE, TURNS, parsed
+from pipeline.measures import Measures
+from pipeline.normalised import BASELINES, FEWEST
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -35,11 +37,19 @@ ABOUT = {
     "dark_matter": lambda experiment: _has(experiment, "sae") and _has(experiment, "linear_error_restored"),
     "curvature": lambda experiment: experiment.curvature is not None,
     "correlations": lambda experiment: experiment.examples is not None,
+    "atlas": lambda experiment: experiment.scope == "atlas",
 }
+# These are about the experiments of the general figures: each SAE once, beside ablations.
+METRICS = ("metrics", "calibrated", "metric_ranks", "metric_agreements", "metric_flips")
+FRONTIERS = ("frontier_points", "frontier_fits", "frontier_factors")
 
 
 # Which experiments a figure shows, where the names of its arguments do not say it: it is drawn where there are any.
 SHOWN = {
+    "atlas_by_layer": lambda plan: [e for e in about(plan, "atlas") if set(e.components) != {"z"}],
+    "atlas_heads": lambda plan: [e for e in about(plan, "atlas") if "z" in e.components],
+    "metric_verdicts": lambda plan: [e for e in about(plan, "metrics") if len(e.saes) >= FEWEST],
+    "effective_compute": lambda plan: plan.study.metrics.calibrations,
     "plane": lambda plan: [e for e in _general(plan) if _has(e, "sae") and _has(e, "eps_random")],
     "training_series": lambda plan: [e for e in _general(plan) if _has(e, *PAIR) and set(e.saes) & _in_series(plan)],
     "single_token": lambda plan: [e for e in about(plan, "single_positions") if plan.has_effects(e)],
@@ -50,14 +60,35 @@ SHOWN = {
 
 
 def about(plan: "Plan", analysis: str) -> list[Experiment]:
-    return [experiment for experiment in _experiments(plan) if ABOUT[analysis](experiment)]
+    if analysis in ABOUT:
+        return [experiment for experiment in _experiments(plan) if ABOUT[analysis](experiment)]
+    if analysis in FRONTIERS:
+        return _with_families(plan)
+    if analysis not in METRICS:
+        raise KeyError(f"The analysis '{analysis}' is about no experiment: say in `ABOUT` which.")
+    measured = [experiment for experiment in _general(plan) if _has(experiment, "sae")]
+    return measured if analysis != "calibrated" or plan.study.metrics.calibrations else []
+
+
+def _with_families(plan: "Plan") -> list[Experiment]:
+    """The experiments that run SAEs of families beside the baseline: the general ones where these have all of them."""
+    measures, members = plan.study.metrics, _members(plan)
+    needed = [("sae",), *([(measures.baseline,)] if measures.baseline in BASELINES else [])]
+    run = [e for e in _experiments(plan) if all(_has(e, *names) for names in needed) and members & set(e.saes)]
+    general = [experiment for experiment in run if experiment in _general(plan)]
+    return general if members <= {sae for experiment in general for sae in experiment.saes} else run
+
+
+def _members(plan: "Plan") -> set[str]:
+    """The SAEs of all families."""
+    return {sae for saes in plan.study.metrics.families.values() for sae in saes}
 
 
 def summary(plan: "Plan") -> Job:
     """Of the experiments that replace every token, and of all SAEs that are run alone."""
     reconstructions = _reconstructions(plan)
     saes = dict.fromkeys((job.key["sae"], job.key["corpus"]) for job in reconstructions)
-    inputs = [("tokens", plan.tokens(*pair)) for pair in _pairs(plan, _experiments(plan))]
+    inputs = [("tokens", plan.tokens(*pair)) for pair in _pairs(plan, [e for e in _experiments(plan) if e.saes])]
     inputs += [(job.stage, job) for job in _tables(plan, [e for e in _experiments(plan) if e.scope == "all"])]
     inputs += [("reconstructions", job) for job in reconstructions]
     for sae, corpus in ((plan.study.saes[sae], corpus) for sae, corpus in saes):
@@ -67,12 +98,49 @@ def summary(plan: "Plan") -> Job:
 
 def analysis(plan: "Plan", name: str) -> Job:
     """One table of results: the stages it asks for by name, of the experiments that it is about."""
-    experiments, wanted = about(plan, name), plan.analyses[name]
-    inputs = [("tokens", plan.tokens(*pair)) for pair in _pairs(plan, experiments)]
-    inputs += [(job.stage, job) for job in plan.rows(experiments) if job.stage in wanted]
+    experiments, wanted = about(plan, name), set(plan.analyses[name])
+    if "families" in wanted:
+        inputs = _of_families(plan, experiments)
+    else:
+        inputs = [(job.stage, job) for job in plan.rows(experiments) if job.stage in wanted]
+    if wanted - plan.analyses.keys() - {"calibrations"}:
+        inputs += [("tokens", plan.tokens(*pair)) for pair in _pairs(plan, experiments)]
     if "errors" in wanted:
         inputs += [("errors", plan.errors(sae, corpus)) for sae, corpus in _sae_corpora(plan, experiments)]
-    return plan.make("analyses", {"analysis": name}, _bootstrap(plan), list(dict.fromkeys(inputs)), [name])
+    inputs += [(other, analysis(plan, other)) for other in plan.analyses if other in wanted]
+    settings = _bootstrap(plan) | _measures(plan, wanted)
+    return plan.make("analyses", {"analysis": name}, settings, list(dict.fromkeys(inputs)), [name])
+
+
+def _of_families(plan: "Plan", experiments: list[Experiment]) -> list[tuple[str, Job]]:
+    """The tables of the SAEs of families, and of the ablations at their hooks."""
+    members = _members(plan)
+    hooks = {plan.study.saes[sae].write.name for sae in members}
+    rows = [job for job in plan.rows(experiments) if job.stage in ("effects", "ablations")]
+    wanted = [job for job in rows if job.key.get("sae") in members or job.key.get("hook") in hooks]
+    # By name: an SAE of no family must not change the order either.
+    return [(job.stage, job) for job in sorted(wanted, key=lambda job: job.path)]
+
+
+def _measures(plan: "Plan", wanted: set[str]) -> dict:
+    """What an analysis is told of the configuration's `metrics`."""
+    measures, found = plan.study.metrics, {}
+    if "texts" in wanted or ("families" in wanted and measures.baseline == "bigram"):
+        found["bigram_smoothing"] = measures.bigram_smoothing
+    if "calibrations" in wanted:
+        found["calibrations"] = [[path.stem, path.read_text(encoding="utf-8")] for path in measures.calibrations]
+    if "families" in wanted:
+        members = [plan.study.saes[sae] for saes in measures.families.values() for sae in saes]
+        widths = {sae.id: sae.write.width(plan.study.models[sae.model].geometry) for sae in members}
+        asked = {name: getattr(measures, name) for name in ("baseline", "points", "relative", "matched")}
+        found["families"] = asked | {"families": dict(measures.families), "widths": widths}
+    return json.loads(json.dumps(found))
+
+
+def paper(plan: "Plan") -> Job:
+    """The summary table of a paper."""
+    settings = {"columns": list(plan.study.metrics.columns), "confidence": plan.study.bootstrap["confidence"]}
+    return plan.make("paper", {}, settings, [("summary", summary(plan)), ("metrics", analysis(plan, "metrics"))])
 
 
 def figure(plan: "Plan", name: str) -> Job:
@@ -110,6 +178,7 @@ def report(plan: "Plan") -> Job:
     inputs = [("summary", summary(plan)), *(("figures", figure(plan, name)) for name in figures(plan))]
     inputs += [("analyses", analysis(plan, name)) for name in plan.analyses if about(plan, name)]
     inputs += [(job.stage, job) for job in plan.rows(_experiments(plan)) if job.stage in ("extremes", "top_tokens")]
+    inputs += [("paper", paper(plan))] if about(plan, "metrics") else []
     inputs += [("checks", job) for job in _checks(plan)]
     study = plan.study
     settings = {
@@ -123,8 +192,15 @@ def report(plan: "Plan") -> Job:
         "saes": [{"id": s.id, "path": str(s.path), "model": s.model} for s in study.saes.values()],
         "experiments": [vars(e) for e in study.experiments.values()],
         "series": [vars(s) for s in study.series.values()],
+        "metrics": _shown(study.metrics),
     }
     return plan.make("report", {}, json.loads(json.dumps(settings)), list(dict.fromkeys(inputs)))
+
+
+def _shown(measures: Measures) -> dict:
+    """The configuration's `metrics`, for the reader."""
+    plain = {"calibrations": [path.name for path in measures.calibrations], "families": dict(measures.families)}
+    return vars(measures) | plain
 
 
 def _bootstrap(plan: "Plan") -> dict:
@@ -173,10 +249,10 @@ def _reconstructions(plan: "Plan") -> list[Job]:
 def _checks(plan: "Plan") -> list[Job]:
     """The check of every experiment on every model and corpus that it uses; sets of SAEs have none."""
     places = {
-        (experiment.id, plan.study.saes[sae].model, corpus): None
+        (experiment.id, model, corpus): None
         for experiment in _experiments(plan)
         if experiment.scope != "compound"
-        for sae, corpus in product(experiment.saes, experiment.corpora)
+        for model, corpus in plan.places(experiment)
     }
     return [plan.checks(plan.study.experiments[name], model, corpus) for name, model, corpus in places]
 
@@ -188,4 +264,4 @@ def _sae_corpora(plan: "Plan", experiments: list[Experiment]) -> list[tuple[Sae,
 
 def _pairs(plan: "Plan", experiments: list[Experiment]) -> list[tuple[str, str]]:
     """(model, corpus) of some experiments."""
-    return list(dict.fromkeys((sae.model, corpus) for sae, corpus in _sae_corpora(plan, experiments)))
+    return list(dict.fromkeys(place for experiment in experiments for place in plan.places(experiment)))

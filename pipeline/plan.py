@@ -14,7 +14,7 @@ from pipeline.config import Sae, Study
 from pipeline.experiments import Experiment, sets_of
 from pipeline.hooks import Hook
 from pipeline.jobs import BATCHES, Batch, Job
-from pipeline.labels import ARGUMENTS, OF_AN_SAE, PAIR, parsed
+from pipeline.labels import ARGUMENTS, COMPONENTS, OF_A_HEAD, OF_AN_SAE, PAIR, label, parsed
 
 # The control of the patch and of the resume path: cheap, and every job that patches runs its own.
 CONTROL = "identity"
@@ -156,7 +156,7 @@ class Plan:
         return self.make("effects", key, settings, inputs, _names(labels))
 
     def ablations(self, experiment: Experiment, model: str, corpus: str, hook: Hook, shard: str) -> Job:
-        labels = self._ablation_labels(experiment)
+        labels = self._ablation_labels(experiment, model, hook)
         inputs = self._patching_inputs(model, corpus, hook, shard)
         inputs += self._corpus_inputs(labels, model, corpus, hook)
         key = {"experiment": experiment.id, "model": model, "corpus": corpus, "hook": hook.name, "shard": shard}
@@ -225,18 +225,16 @@ class Plan:
 
     def checks(self, experiment: Experiment, model: str, corpus: str) -> Job:
         """One SAE at every hook, and every ablation, on the first shard."""
-        shard = self.shards[0]
-        saes = self._saes(experiment, model)
-        made = []
-        if self._sae_labels(experiment):
-            made += [
-                self.effects(experiment, sae, corpus, shard) for sae in {sae.write: sae for sae in saes[::-1]}.values()
-            ]
-        if self._ablation_labels(experiment):
-            made += [self.ablations(experiment, model, corpus, hook, shard) for hook in {sae.write: 0 for sae in saes}]
+        shard, hooks = self.shards[0], self._hooks(experiment, model)
+        made, labels = [], self._sae_labels(experiment)
+        if labels:
+            one_each = {sae.write: sae for sae in self._saes(experiment, model)[::-1]}
+            made += [self.effects(experiment, sae, corpus, shard) for sae in one_each.values()]
+        for hook in hooks:
+            if wanted := self._ablation_labels(experiment, model, hook):
+                made, labels = [*made, self.ablations(experiment, model, corpus, hook, shard)], [*labels, *wanted]
         inputs = [(job.stage, job) for job in made]
         inputs += [pair for job in made for pair in job.inputs if pair[0] != "clean"]
-        labels = [*self._sae_labels(experiment), *self._ablation_labels(experiment)]
         key = {"experiment": experiment.id, "model": model, "corpus": corpus}
         settings = {"seed": self.study.seed if self._made_from(labels, "seed") else 0}
         return self.make("checks", key, settings, list(dict.fromkeys(inputs)), _names(labels))
@@ -247,6 +245,15 @@ class Plan:
 
     def _saes(self, experiment: Experiment, model: str) -> list[Sae]:
         return [self.study.saes[sae] for sae in experiment.saes if self.study.saes[sae].model == model]
+
+    def _hooks(self, experiment: Experiment, model: str) -> list[Hook]:
+        """Where an experiment replaces activations of a model: where SAEs write, or every component of the atlas."""
+        if experiment.scope != "atlas":
+            return list(dict.fromkeys(sae.write for sae in self._saes(experiment, model)))
+        geometry = self.study.models[model].geometry
+        names = [name for name in experiment.components if not (geometry.parallel and name == "resid_mid")]
+        layers = range(geometry.n_layers) if experiment.layers is None else experiment.layers
+        return [Hook(layer, COMPONENTS[name]) for layer in layers for name in names]
 
     def _by_layer(self, experiment: Experiment, model: str) -> list[Sae]:
         return sorted(self._saes(experiment, model), key=lambda sae: sae.write.layer)
@@ -275,9 +282,13 @@ class Plan:
         labels = [label for label in experiment.interventions if self._of_an_sae(label)]
         return [CONTROL, *labels] if labels and experiment.scope != "compound" else []
 
-    def _ablation_labels(self, experiment: Experiment) -> list[str]:
-        """The experiment's interventions that need no SAE, after the control; none where there are none."""
+    def _ablation_labels(self, experiment: Experiment, model: str, hook: Hook) -> list[str]:
+        """The experiment's interventions that need no SAE, after the control; none where there are none. The atlas
+        ablates `hook_z` head by head."""
         labels = [label for label in experiment.interventions if label != CONTROL and not self._of_an_sae(label)]
+        if experiment.scope == "atlas" and hook.site == COMPONENTS["z"]:
+            heads = range(self.study.models[model].geometry.n_heads)
+            labels = [label(OF_A_HEAD[name], head) for name, head in product(labels, heads)]
         return [CONTROL, *labels] if labels and experiment.scope != "compound" else []
 
     def _patching_inputs(self, model: str, corpus: str, hook: Hook, shard: str) -> list[tuple[str, Job]]:
@@ -294,12 +305,15 @@ class Plan:
         return [("moments", self.moments(model, corpus, hook))] if wanted else []
 
     def _patching_settings(self, experiment: Experiment, labels: list[str]) -> dict:
-        settings = {"interventions": labels, "scope": experiment.scope, "patch_special": experiment.patch_special}
+        # To a stage, the atlas is an experiment like any other.
+        scope = "all" if experiment.scope == "atlas" else experiment.scope
+        settings = {"interventions": labels, "scope": scope, "patch_special": experiment.patch_special}
         settings["precision"] = dict(self.study.precision)
         if self._made_from(labels, "seed"):
             settings |= {"seed": self.study.seed, "draws": experiment.draws}
         if experiment.positions:
             settings |= {"positions": list(experiment.positions), "horizon": experiment.horizon}
+        if experiment.positions or experiment.contexts is not None:
             settings |= {"contexts": experiment.contexts}
         return settings
 
@@ -308,6 +322,12 @@ class Plan:
         return list({job.path: job for experiment in experiments for job in self._rows(experiment)}.values())
 
     def _rows_of(self, experiment: Experiment) -> list[Job]:
+        if experiment.scope == "atlas":
+            return [
+                self.ablations(experiment, model, corpus, hook, shard)
+                for model, corpus, shard in product(experiment.models, experiment.corpora, self.shards)
+                for hook in self._hooks(experiment, model)
+            ]
         saes = [self.study.saes[sae] for sae in experiment.saes]
         places = product(experiment.corpora, self.shards, saes)
         return [job for corpus, shard, sae in places for job in self._rows_at(experiment, sae, corpus, shard)]
@@ -322,9 +342,14 @@ class Plan:
             made += [self.curvatures(experiment, sae, corpus)] if experiment.curvature else []
             made += [self.extremes(experiment, sae, corpus)] if experiment.examples else []
             made += [self.top_tokens(experiment, sae, corpus)] if experiment.examples else []
-        if self._ablation_labels(experiment):
+        if self._ablation_labels(experiment, sae.model, sae.write):
             made += [self.ablations(experiment, sae.model, corpus, sae.write, shard)]
         return made
+
+    def places(self, experiment: Experiment) -> list[tuple[str, str]]:
+        """(model, corpus) of an experiment."""
+        models = dict.fromkeys(self.study.saes[sae].model for sae in experiment.saes)
+        return list(product(experiment.models or models, experiment.corpora))
 
     def report(self) -> Job:
         return outcomes.report(self)

@@ -9,7 +9,7 @@ import polars as pl
 
 from pipeline import selection, store
 from pipeline.examples import examples
-from pipeline.report_tables import ANALYSES, EFFECTS, SAES, analysis, several, shown
+from pipeline.report_tables import ANALYSES, EFFECTS, SAES, analysis, paper, several, shown
 from pipeline.stage import Call, log, run
 from pipeline.wording import cell, headline, verdicts
 
@@ -31,6 +31,13 @@ SECTIONS = {
         ("single_token", "single_token_horizon", "draws_by_token"),
         ("draws_found",),
     ),
+    "metrics": (
+        "Metrics and their baselines",
+        ("metric_verdicts", "effective_compute"),
+        ("paper", "metric_flips", "calibrated"),
+    ),
+    "frontiers": ("Frontiers of families", ("frontier",), ("frontier_fits", "frontier_factors")),
+    "ablation-atlas": ("Ablation atlas", ("atlas_by_layer", "atlas_heads"), ("atlas",)),
     "several-saes": ("Several SAEs at once", ("sets_of_saes",), ("compounding",)),
     "single-tokens": ("Single tokens", ("top_25", "rank_correlations"), ()),
     "training": ("Training", ("training_series",), ()),
@@ -68,8 +75,11 @@ def checked(tables: list[pl.DataFrame]) -> dict | None:
     }
 
 
-def sections(figures: list[Path], tables: dict[str, pl.DataFrame], found: list[dict]) -> list[dict]:
-    """What the page shows under each heading; headings with nothing below are left out. `found`: the examples."""
+def sections(
+    figures: list[Path], tables: dict[str, dict], found: list[dict], rungs: pl.DataFrame | None = None
+) -> list[dict]:
+    """What the page shows under each heading; headings with nothing below are left out. `tables` as they are shown, by
+    name; `found`: the examples."""
     named = [name for _, names, _ in SECTIONS.values() for name in names]
     made = []
     for anchor, (title, names, analyses) in SECTIONS.items():
@@ -78,9 +88,9 @@ def sections(figures: list[Path], tables: dict[str, pl.DataFrame], found: list[d
         section = {
             "id": anchor,
             "title": title,
-            "verdicts": verdicts(tables["rungs"]) if "rungs" in tables and "rungs" in analyses else None,
+            "verdicts": verdicts(rungs) if rungs is not None and "rungs" in analyses else None,
             "figures": [_figure(path) for path in [*ordered, *own]],
-            "tables": [analysis(name, tables[name]) for name in analyses if name in tables],
+            "tables": [tables[name] for name in analyses if name in tables],
             "examples": found if anchor == "single-tokens" else [],
         }
         if section["figures"] or section["tables"] or section["examples"]:
@@ -100,11 +110,14 @@ def content(call: Call, text: str, confidence: str) -> dict:
     path = call.input("summary")
     summary, saes = pl.read_parquet(path), pl.read_parquet(path.with_name("saes.parquet"))
     tables = {path.stem: pl.read_parquet(path) for path in call.inputs.get("analyses", []) if path.stem in ANALYSES}
+    shown_tables = {name: analysis(name, table) for name, table in tables.items()}
+    for table in call.inputs.get("paper", []):
+        shown_tables["paper"] = paper(pl.read_parquet(table), call.settings["metrics"]["columns"])
     rows = selection.general(summary).filter(pl.col("tokens") == "ordinary", pl.col("intervention") != "identity")
     found = examples(*(call.inputs.get(name, []) for name in ("extremes", "top_tokens")))
     return {
         "headline": text,
-        "sections": sections(call.inputs["figures"], tables, found),
+        "sections": sections(call.inputs["figures"], shown_tables, found, tables.get("rungs")),
         "few": FEW,
         "examples": found,
         "columns": several(rows) | EFFECTS,

@@ -3,6 +3,7 @@
 import polars as pl
 
 from pipeline.hooks import parse_hook
+from pipeline.paper_table import heading
 
 LABELS = ("model", "corpus", "experiment")
 EFFECTS = {
@@ -103,15 +104,101 @@ ANALYSES = {
             "kl_ratio": "KL ratio to eps_random",
         },
     ),
+    "metric_flips": (
+        "Pairs of SAEs that two metrics order the other way round",
+        {
+            "place": "place",
+            "metric_a": "metric",
+            "prefers_a": "prefers",
+            "metric_b": "other metric",
+            "prefers_b": "prefers instead",
+            "gap_a": "gap by the metric, share of its range",
+            "gap_b": "gap by the other",
+            "clear": "intervals apart by both",
+        },
+    ),
+    "calibrated": (
+        "Calibrations of effective compute",
+        {
+            "name": "calibration",
+            "kind": "kind",
+            "corpus": "corpus",
+            "n_points": "points",
+            "misfit": "misfit of the log loss",
+            "lowest_loss": "from a loss of, nats",
+            "highest_loss": "to, nats",
+            "floor": "floor, nats",
+            "exponent": "exponent",
+            "source": "source",
+        },
+    ),
+    "frontier_fits": (
+        "Curves of performance hit by 1 / L0",
+        {
+            "family": "family",
+            "curve": "curve",
+            "points": "points",
+            "n": "number",
+            "intervals": "intervals from",
+            "m": "m",
+            "c": "c",
+            "a": "a",
+            "k": "k",
+            "x_half": "x_half",
+            "aicc": "AICc",
+            "errors": "errors of",
+            "loo_hit": "leave-one-out error of the hit",
+            "warning": "warning",
+        },
+    ),
+    "frontier_factors": (
+        "Factors between families",
+        {
+            "first": "family",
+            "second": "against",
+            "curve": "curve or loss",
+            "quantity": "quantity",
+            "l0": "L0",
+            "intervals": "intervals from",
+            "value": "value",
+            "warning": "warning",
+        },
+    ),
+    "atlas": (
+        "What 90 % recovered leaves",
+        {
+            "component": "component",
+            "layer": "layer",
+            "head": "head",
+            "intervention": "ablation",
+            "n_tokens": "tokens",
+            "delta_ce_mean": "loss increase, nats",
+            "kl_mean": "mean KL, nats",
+            "nats_at_90": "nats lost at 90 % recovered",
+        },
+    ),
 }
+# Of a table that can be long, so many rows stand on the page.
+MOST = {"metric_flips": 30}
+
+
+def paper(table: pl.DataFrame, columns: list[str]) -> dict:
+    """The summary table as the page shows it."""
+    labels = {"sae": "SAE", "hook": "hook"} | several(table)
+    shown_columns = labels | {column: heading(column) for column in columns}
+    return {"name": "paper", "title": "Summary", "columns": shown_columns, "rows": shown(table), "file": "paper/saes"}
 
 
 def analysis(name: str, table: pl.DataFrame) -> dict:
     """A table of results as the page shows it, its columns by title; those that hold nothing are left out."""
     title, columns = ANALYSES[name]
-    columns = {"sae": "SAE", "hook": "hook"} | several(table) | columns
+    about = {"sae": "SAE", "hook": "hook"} if "sae" in table.columns else {}
+    columns = about | several(table) | columns
     columns = {column: text for column, text in columns.items() if table[column].null_count() < max(len(table), 1)}
-    return {"name": name, "title": title, "columns": columns, "rows": shown(table)}
+    if len(table) > MOST.get(name, len(table)):
+        title = f"{title}, the worst {MOST[name]} of {len(table):,}"
+    rows = shown(table.head(MOST.get(name, len(table))))
+    return {"name": name, "title": title, "columns": columns, "rows": rows, "file": f"summary/{name}"}
 
 
 def several(table: pl.DataFrame) -> dict[str, str]:
@@ -123,7 +210,8 @@ def shown(table: pl.DataFrame) -> list[dict]:
     """The rows, with their hooks in short, as `3.resid_pre`, and parts in words."""
     rows = table.rows(named=True)
     for row in rows:
-        row["hook"] = parse_hook(row["hook"]).short if row["hook"] else None
+        if row.get("hook"):
+            row["hook"] = parse_hook(row["hook"]).short
         if "part" in row:
             row["part"] = row["part"].replace("_", " ")
     return rows

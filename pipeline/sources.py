@@ -11,6 +11,7 @@ from functools import cached_property
 import h5py
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from pipeline import batches, interventions, labels
@@ -31,11 +32,13 @@ def is_random(label: str) -> bool:
 @dataclass(frozen=True)
 class Sources:
     """Open files at one hook (and of one SAE) by the stage that made them: "activations", and "reconstructions",
-    "moments" and "errors" where they are asked for. `seed` is that of everything random."""
+    "moments" and "errors" where they are asked for. `seed` is that of everything random; `heads` is how many the
+    model has, which only what is done to one of them asks for."""
 
     files: dict[str, h5py.File]
     seed: int
     device: str = "cpu"
+    heads: int | None = None
 
     def fetch(
         self, runs: Iterable[Run], first: int, last: int, positions: list[int] | None = None
@@ -117,6 +120,7 @@ class Sources:
             "error_noise": lambda: moved((*run, "error_noise")) @ self._roots["errors"].to(x.dtype),
             "linear_error": lambda: self._fitted(x, int(fetched["first"]), "weight"),
             "simple_error": lambda: self._fitted(x, int(fetched["first"]), "slope"),
+            "head": lambda: self._head(label, x),
         }
         for argument in ("noise", *SAMPLED):
             made[argument] = lambda argument=argument: moved((label, draw, argument))
@@ -129,6 +133,10 @@ class Sources:
             self._constants["errors", name][other].to(x.dtype) for name in ("mean_x", "mean_error", kind)
         )
         return mean_error + ((x - mean_x) @ factor if factor.ndim else (x - mean_x) * factor)
+
+    def _head(self, label: str, x: Acts) -> Bool[Tensor, " d"]:
+        """Where an activation at `hook_z` belongs to the head that the label names."""
+        return torch.arange(x.shape[-1], device=x.device) // (x.shape[-1] // self.heads) == labels.parsed(label)[1]
 
     @cached_property
     def _constants(self) -> dict[tuple[str, str], Tensor]:

@@ -44,7 +44,7 @@ SAES |= {"dead_features": pl.Float64, "dense_features": pl.Float64}
 
 
 def work(call: Call) -> None:
-    special = _special(call.inputs["tokens"])
+    special = _special(call.inputs.get("tokens", []))
     boot = _bootstraps(call, special)
     effects = [row for place, paths in _places(call).items() for row in effect_rows(place, paths, special, boot)]
     saes = [

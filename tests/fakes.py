@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,39 @@ def every_kind(folder: Path) -> dict:
     points = [{"at": 10, "sae": "early"}, {"at": 20, "sae": "late"}]
     given["series"] = [{"id": "training", "axis": "training steps", "points": points}]
     return given
+
+
+def everything(folder: Path) -> dict:
+    """A correct configuration: all of `every_kind`, an atlas of streams and heads, a calibration of its own beside a
+    published one, and two families of SAEs."""
+    families = [{"id": "one", "saes": ["early"]}, {"id": "two", "saes": ["late"]}]
+    metrics = {"calibrations": ["kaplan", calibration(folder / "own.csv")], "families": families}
+    return every_kind(folder) | {"atlas": deepcopy(ATLAS), "metrics": metrics}
+
+
+ATLAS = {"components": ["resid_pre", "z"], "layers": [0, 2], "contexts": 16}
+
+
+def calibration(path: Path, floor: float = 1) -> str:
+    """A law of one's own."""
+    head = ["# kind: law", "# source: s", "# corpus: c", "# lowest_flop: none", "# highest_flop: none"]
+    path.write_text("\n".join([*head, "parameter,value", "scale_flop,1e20", "exponent,0.1", f"floor,{floor}\n"]))
+    return str(path)
+
+
+def alone(given: dict, *entries: dict, **changes) -> dict:
+    """A copy of a configuration with these experiments alone: no atlas, no series and no families, that need others."""
+    metrics = {name: value for name, value in given.get("metrics", {}).items() if name != "families"}
+    rest = {name: value for name, value in given.items() if name != "atlas"}
+    return deepcopy(rest | {"experiments": list(entries), "series": [], "metrics": metrics} | changes)
+
+
+def of_kind(given: dict, kind: str) -> dict:
+    """`everything` with one kind of experiment alone; the `atlas` is one, and so is `main` with its `families`."""
+    named = {entry["id"]: entry for entry in given["experiments"]}
+    if kind == "atlas":
+        return alone(given, atlas=given["atlas"])
+    return alone(given, named["main"], metrics=given["metrics"]) if kind == "families" else alone(given, named[kind])
 
 
 def experiments() -> list[dict]:

@@ -1,9 +1,26 @@
 """Tables of analyses made by hand, with exactly the columns that the analyses give: what figures and report show."""
 
+import numpy as np
 import polars as pl
-from tables import HOOK, around
+from fakes import ROOT
+from tables import HOOK, PLACE, around
 
-from pipeline import compounding, correlates, curvature, dark_matter, dose, draws, ladder, single
+from pipeline import (
+    atlas,
+    compounding,
+    compute,
+    correlates,
+    curvature,
+    dark_matter,
+    dose,
+    draws,
+    ladder,
+    metric_tables,
+    normalised,
+    single,
+)
+from pipeline.frontier import RESAMPLED, Replicates
+from pipeline.labels import COMPONENTS
 
 LABELS = {"model": pl.String, "corpus": pl.String, "experiment": pl.String, "hook": pl.String, "sae": pl.String}
 LABELS |= {"layer": pl.Int32}
@@ -115,6 +132,64 @@ def correlations(sae="early", layer=1, **changes):
     return labelled(rows, CORRELATIONS, sae, layer, **changes)
 
 
+def metrics(sae="early", layer=1, kl=0.5, lost=0.4, **changes):
+    """Random noise loses as much as the SAE."""
+    numbers = {("nats_lost", None): lost, ("kl", None): kl, ("loss_recovered", "zero"): 1 - lost / 4}
+    numbers |= {("effective_compute", "Kaplan 2020"): 1 / (1 + lost)}
+    rows = [
+        {"intervention": name, "metric": metric, "baseline": baseline, "unit": normalised.UNITS[metric]}
+        | around(value, 0.01, "value")
+        for name in ("sae", "eps_random")
+        for (metric, baseline), value in numbers.items()
+    ]
+    return labelled(rows, normalised.ROWS, sae, layer, **changes)
+
+
+def verdicts():
+    """On three SAEs at one hook, of which the one with the least KL loses the most nats."""
+    numbers = {"early": (0.1, 0.3), "late": (0.2, 0.2), "coder": (0.3, 0.1)}
+    return metric_tables.verdicts(pl.concat(metrics(sae, 1, *values) for sae, values in numbers.items()))
+
+
+def calibrated():
+    text = (ROOT / "calibrations" / "kaplan.csv").read_text()
+    return compute.calibration_rows([compute.calibration(text, "kaplan", 1, 0.95, 0)])
+
+
+def ablated(**changes):
+    """A stream and two heads in two layers; the zero ablation costs a nat more than in the layer before."""
+    parts = []
+    for layer in (0, 1):
+        for component, head in (("resid_pre", None), ("z", 0), ("z", 1)):
+            about = {"component": component, "head": head, "n_tokens": 1500}
+            rows = [about | {"intervention": name} for name in ("zero", "mean")]
+            for i, row in enumerate(rows, 1):
+                row |= around((layer + 1) / i, 0.1, "delta_ce_mean") | around(1 / i, 0.1, "kl_mean")
+                row |= around((layer + 1) / i / 10, 0.01, "nats_at_90")
+            schema = atlas.SCHEMA | {"component": pl.String, "head": pl.Int64}
+            hook = f"blocks.{layer}.{COMPONENTS[component]}"
+            parts.append(labelled(rows, schema, None, layer, hook=hook, **changes))
+    return pl.concat(parts)
+
+
+def families(**changes):
+    """Two families of three SAEs each: the performance hit is 1 / L0 in the one and twice that in the other."""
+    rows = []
+    for family, factor in (("one", 1), ("two", 2)):
+        for l0 in (10.0, 20.0, 40.0):
+            hit = factor / l0
+            numbers = {"l0": l0, "ce": 3 + 10 * hit, "ce_clean": 3, "ce_base": 13, "kl": hit, "nats_lost": 10 * hit}
+            row = {"hook": HOOK, "layer": 1, "sae": f"{family}-{l0:g}", "family": family, "d": 16}
+            for name, value in (numbers | {"hit": hit}).items():
+                row |= around(value, value / 50, name)
+            rows.append(row)
+    table, generator = pl.DataFrame(rows), np.random.default_rng(0)
+    noise = np.concatenate([np.zeros((1, len(table))), generator.normal(0, 0.01, (100, len(table)))])
+    values = {name: table[name].to_numpy() * (1 + noise * (name == "ce")) for name in RESAMPLED}
+    labels = {name: PLACE[name] for name in metric_tables.STUDY} | {"baseline": "zero", "relative": False}
+    return [metric_tables.Families(labels | changes, table, Replicates(values, 0.95), "pareto", ())]
+
+
 def saes(*names, **changes):
     """Rows of the table of SAEs: errors a tenth of the norm, a cosine of 0.93."""
     row = {"model": "tiny", "corpus": "story", "hook": HOOK, "layer": 1}
@@ -122,7 +197,7 @@ def saes(*names, **changes):
     return pl.DataFrame([row | {"sae": name} | changes for name in names])
 
 
-# The table of every analysis that a figure takes, by the name it takes it by.
+# The table of every analysis that a figure takes, by the name it takes it by: of each SAE, and of several together.
 TABLES = {
     "rungs": rungs,
     "doses": doses,
@@ -132,4 +207,13 @@ TABLES = {
     "single_positions": positions,
     "draws": drawn,
     "correlations": correlations,
+    "metrics": metrics,
+}
+TOGETHER = {
+    "compounding": sets,
+    "atlas": ablated,
+    "metric_ranks": lambda: verdicts().ranks,
+    "metric_agreements": lambda: verdicts().agreements,
+    "frontier_points": lambda: metric_tables.frontier_points(families()),
+    "frontier_fits": lambda: metric_tables.frontier_fits(families()),
 }

@@ -6,16 +6,23 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import study_tables
+from fakes import ROOT
+from polars.testing import assert_frame_equal
 from tables import HOOK, PLACE, arrays, call
 from token_tables import part
 
-from pipeline import analyses, correlates, store
+from pipeline import analyses, correlates, families, frontier, grouping, metric_tables, normalised, store
+from pipeline.atlas import atlas_rows
 from pipeline.compounding import super_additivity
+from pipeline.compute import calibration, calibration_rows, compute_rows
 from pipeline.curvature import curvature_rows
 from pipeline.dark_matter import LEFT, dark_matter_rows
 from pipeline.dose import cosine_rows, dose_rows, dose_summary
 from pipeline.draws import draw_rows, draw_summary
+from pipeline.fits import Scatter
 from pipeline.ladder import ladder_rows
+from pipeline.normalised import normalised_rows, token_sums
 from pipeline.single import single_rows
 from pipeline.statistics import Bootstrap
 
@@ -47,16 +54,23 @@ def write(folder, stage, table, shards=1, **place):
 
 
 def tokens(folder, model="tiny"):
-    """Token numbers as `part` gives them, and how often each is there."""
-    unigram = np.arange(1, 201)
-    path = arrays(folder / f"{model}.tokens.h5", "v", {"unigram": unigram}, model=model, corpus="story")
+    """Token numbers as `part` gives them, none of them special, and how often each is there."""
+    sequence, position = np.indices(SHAPE)
+    token = (10 * sequence + position).astype(np.int32)
+    values = {"token": token, "special": np.zeros(SHAPE, bool), "unigram": np.arange(1, 201)}
+    axes = {"token": "seq pos", "special": "seq pos", "unigram": "v"}
+    shapes = {name: (value.shape, str(value.dtype)) for name, value in values.items()}
+    path = folder / f"{model}.tokens.h5"
+    with store.new_arrays(path, "f00d", axes, shapes, model=model, corpus="story") as file:
+        for name, value in values.items():
+            file[name][:] = value
     return path
 
 
-def made(folder, name, **inputs):
+def made(folder, name, settings=None, **inputs):
     """The table that the stage writes."""
     path = folder / f"{name}.parquet"
-    analyses.work(call([path], {"tokens": [tokens(folder)]} | inputs, {"analysis": name}))
+    analyses.work(call([path], {"tokens": [tokens(folder)]} | inputs, {"analysis": name}, **(settings or {})))
     assert store.is_current(path, "f00d")
     return pl.read_parquet(path)
 
@@ -207,9 +221,161 @@ def test_correlations_are_with_the_unigram_counts_of_the_same_corpus(tmp_path, s
     assert found.filter(pl.col("covariate") == "rarity")["spearman"].null_count() == 0
 
 
+def test_the_atlas_has_components_and_heads_as_columns(tmp_path, shards):
+    streams, heads = runs("identity", "zero", "mean"), runs("zero_head(0)", "zero_head(1)", "identity")
+    z = "blocks.2.attn.hook_z"
+    paths = [*write(tmp_path, "ablations", streams, shards)]
+    (tmp_path / "heads").mkdir()
+    paths += write(tmp_path / "heads", "ablations", heads, shards, hook=z)
+    expected = labelled(atlas_rows(streams, BOOT), sae=None).with_columns(component=pl.lit("resid_pre"), head=None)
+    of_heads = labelled(atlas_rows(heads, BOOT), sae=None, hook=z, layer=2)
+    of_heads = of_heads.with_columns(intervention=pl.lit("zero"), component=pl.lit("z"), head=pl.Series([0, 1]))
+    check(made(tmp_path, "atlas", ablations=paths), expected, of_heads)
+
+
+KAPLAN = (ROOT / "calibrations" / "kaplan.csv").read_text()
+LAWS = {"calibrations": [["kaplan", KAPLAN]]}
+LATE = "blocks.2.hook_resid_pre"
+
+
+def followed(*labels, **columns):
+    """As `runs`, but the last token has no loss, as in a text."""
+    loss = pl.when(pl.col("position") < SHAPE[1] - 1).then("ce")
+    return runs(*labels, **columns).with_columns(ce=loss)
+
+
+def test_metrics_are_of_an_sae_beside_the_ablations_at_its_hook(tmp_path, shards):
+    table, elsewhere = followed("identity", "sae", "eps_random"), followed("zero")
+    free = followed("mean", "resample", "zero")
+    inputs = {"effects": write(tmp_path, "effects", table, shards)}
+    (tmp_path / "late").mkdir()
+    inputs["ablations"] = write(tmp_path / "late", "ablations", elsewhere, hook=LATE)
+    inputs["ablations"] += write(tmp_path, "ablations", free, shards)
+    found = made(tmp_path, "metrics", LAWS | {"bigram_smoothing": 50.0}, **inputs)
+    sums = token_sums(table, 12) | token_sums(free, 12)
+    sums = {name: sums[name] for name in ("identity", "sae", "eps_random", "mean", "resample", "zero")}
+    text = metric_tables.text_losses(tokens(tmp_path), 50.0)
+    pair = {name: sums[name] for name in ("sae", "eps_random")}
+    of_pair = compute_rows(pair, [calibration(KAPLAN, "kaplan", 400, 0.95, 0)], BOOT)
+    check(found, labelled(pl.concat([normalised_rows(sums, text, BOOT), of_pair])))
+    values = {(row["metric"], row["baseline"]): row["value"] for row in found.filter(intervention="sae").to_dicts()}
+    lost, zero = (float(kl(i, 1 + i)[:, :-1].mean()) for i in (1, 2))
+    # Of 48 tokens that are followed, each next one is another, and the vocabulary has 200.
+    shares = {"zero": lost / zero, "unigram": lost / (np.log(48) - 1), "uniform": lost / (np.log(200) - 1)}
+    expected = {("loss_recovered", name): 1 - share for name, share in shares.items()} | {("nats_lost", None): lost}
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)  # losses are in float32
+
+
+def test_calibrations_are_those_of_the_configuration(tmp_path):
+    found = made(tmp_path, "calibrated", LAWS)
+    assert_frame_equal(found, calibration_rows([calibration(KAPLAN, "kaplan", 400, 0.95, 0)]))
+    assert found["name"].to_list() == ["Kaplan 2020"]
+
+
+@pytest.mark.parametrize("name", ["ranks", "agreements", "flips"])
+def test_verdicts_are_on_the_metrics_of_each_corpus(tmp_path, name):
+    numbers = {"early": (0.1, 0.3), "late": (0.2, 0.2), "coder": (0.3, 0.1)}
+    tables = [pl.concat(study_tables.metrics(sae, 1, *pair) for sae, pair in numbers.items())]
+    tables += [study_tables.metrics("early", corpus="letters")]
+    pl.concat(tables).write_parquet(tmp_path / "metrics.parquet")
+    found = made(tmp_path, f"metric_{name}", metrics=[tmp_path / "metrics.parquet"])
+    expected = []
+    for corpus, table in zip(("story", "letters"), tables, strict=True):
+        rows = getattr(normalised.verdicts(table.filter(intervention="sae")), name)
+        labels = {"model": "tiny", "corpus": corpus, "experiment": "main"}
+        expected.append(rows.select(*(pl.lit(value).alias(key) for key, value in labels.items()), pl.all()))
+    alike = pl.any_horizontal(pl.col("^metric_.$").str.starts_with("effective_compute"))
+    whole = pl.concat(expected)
+    assert_frame_equal(found, whole.filter(~alike) if name == "flips" else whole)
+    if name == "ranks":
+        ranks = found.filter(metric="kl", corpus="story")
+        assert dict(ranks.select("sae", "rank").rows()) == {"early": 1, "late": 2, "coder": 3}
+    elif name == "agreements":
+        assert set(found.filter(metric_a="nats_lost", metric_b="kl")["kendall"]) == {-1, None}
+    else:
+        columns = "metric_a", "prefers_a", "metric_b", "prefers_b"
+        assert ("nats_lost", "coder", "kl", "early") in found.select(columns).rows()
+
+
+# Two families of SAEs with their L0, and one SAE that is in none.
+FAMILIES = {"one": {"a": 10.0, "b": 40.0}, "two": {"c": 10.0, "d": 20.0, "e": 40.0}}
+SAES = {sae: l0 for members in FAMILIES.values() for sae, l0 in members.items()} | {"other": 5.0}
+
+
+def of_an_sae(i, l0):
+    """Loss and KL fall with L0."""
+    losses = kl(i, 4 / l0)
+    table = pl.concat([part("identity", 0 * losses, l0=l0), part("sae", losses, l0=np.full(SHAPE, l0))])
+    return table.with_columns(ce=pl.when(pl.col("position") < SHAPE[1] - 1).then("ce"))
+
+
+def by_hand():
+    """The table that `frontier` takes, with its replicates."""
+    free, rows, replicates = followed("zero"), [], {name: [] for name in ("l0", "ce", "ce_clean", "ce_base", "kl")}
+    for i, (sae, l0) in enumerate(SAES.items()):
+        if sae != "other":
+            own = of_an_sae(i, l0).filter(pl.col("intervention") == "sae")
+            known = own.filter(pl.col("ce").is_not_null())
+            pairs = {"l0": (own, "l0"), "ce": (known, "ce"), "ce_clean": (known, "ce_clean"), "kl": (own, "kl")}
+            for name, (table, column) in (pairs | {"ce_base": (free.drop_nulls("ce"), "ce")}).items():
+                sums = table.group_by("sequence").agg(pl.col(column).cast(pl.Float64).sum(), n=pl.len())
+                sums = sums.sort("sequence")
+                replicates[name].append(BOOT.replicates(sums[column].to_numpy(), sums["n"].to_numpy()))
+            row = {"family": "one" if sae in FAMILIES["one"] else "two", "sae": sae}
+            rows.append(row | {name: found[-1][0] for name, found in replicates.items()})
+    stacked = {name: np.stack(found, axis=1) for name, found in replicates.items()}
+    return pl.DataFrame(rows), frontier.Replicates(stacked, 0.95)
+
+
+PLACED = {"model": "tiny", "corpus": "story", "experiment": "main", "baseline": "zero", "relative": False}
+
+
+def of_families(folder, name, shards):
+    """The analysis of that name of all SAEs."""
+    effects = []
+    for i, (sae, l0) in enumerate(SAES.items()):
+        effects += write(folder, "effects", of_an_sae(i, l0), shards, sae=sae)
+    asked = {"families": {family: list(members) for family, members in FAMILIES.items()}, "points": "all"}
+    asked |= {"widths": dict.fromkeys(SAES, 16), "baseline": "zero", "relative": False, "matched": [15.0]}
+    ablations = write(folder, "ablations", followed("zero"), shards)
+    return made(folder, name, {"families": asked}, effects=effects, ablations=ablations)
+
+
+def same(found, expected):
+    """The labels of families in front; the columns of a table, with their values."""
+    assert found.select(*PLACED).unique().to_dicts() == [PLACED]
+    assert found.columns[: len(PLACED)] == list(PLACED)
+    assert_frame_equal(found.select(expected.columns), expected, rel_tol=1e-9)
+
+
+def test_points_of_frontiers_are_of_the_saes_of_families(tmp_path, shards):
+    found, (table, replicates) = of_families(tmp_path, "frontier_points", shards), by_hand()
+    same(found, frontier.points(table))
+    assert found["sae"].to_list() == ["a", "b", "c", "d", "e"]
+    assert found["l0"].to_list() == [10, 40, 10, 20, 40]
+    lost = replicates.values["ce"] - replicates.values["ce_clean"]
+    assert found["nats_lost_low"].to_list() == pytest.approx([BOOT.interval(one).low for one in lost.T])
+
+
+def test_fits_of_frontiers_have_intervals_of_two_kinds(tmp_path, shards):
+    found, (table, replicates) = of_families(tmp_path, "frontier_fits", shards), by_hand()
+    for kind, resampling in {"sequences": replicates, "scatter": Scatter(400, 0.95)}.items():
+        same(found.filter(intervals=kind), frontier.fit(table, resampling, "all"))
+    assert set(found["intervals"]) == {"sequences", "scatter"}
+
+
+def test_factors_of_frontiers_are_between_two_families(tmp_path, shards):
+    found, (table, replicates) = of_families(tmp_path, "frontier_factors", shards), by_hand()
+    for kind, resampling in {"sequences": replicates, "scatter": Scatter(400, 0.95)}.items():
+        same(found.filter(intervals=kind), families.compare(table, "one", "two", resampling, "all", False, [15.0]))
+    assert set(found["l0"].drop_nulls()) == {15}
+
+
 def test_every_analysis_is_tested_here():
     tested = {"single_positions", "draws", "draws_found", "rungs", "doses", "exponents", "cosines", "dark_matter"}
-    assert set(analyses.ANALYSES) == tested | {"compounding", "curvature", "correlations"}
+    tested |= {"compounding", "curvature", "correlations", "atlas", "metrics", "calibrated"}
+    tested |= {"metric_ranks", "metric_agreements", "metric_flips"}
+    assert set(analyses.ANALYSES) == tested | {"frontier_points", "frontier_fits", "frontier_factors"}
 
 
 # What all have in common.
@@ -219,7 +385,7 @@ def test_tables_of_one_place_are_put_together_and_others_stay_apart(tmp_path):
     table = runs("sae")
     paths = [*write(tmp_path, "effects", table, 3), *write(tmp_path, "effects", table, 2, sae="late")]
     paths = [paths[i] for i in (3, 0, 1, 4, 2)]
-    found = analyses.grouped(paths)
+    found = grouping.grouped(paths)
     assert [(each.labels["sae"], len(each.paths)) for each in found] == [("late", 2), ("early", 3)]
     assert [path for each in found for path in each.paths] == [paths[i] for i in (0, 3, 1, 2, 4)]
     assert found[1].labels == PLACE | {"layer": 1}
@@ -230,23 +396,23 @@ def test_what_differs_in_any_label_is_another_table(tmp_path, label):
     other = {label: "blocks.2.hook_resid_pre" if label == "hook" else "other"}
     (tmp_path / "other").mkdir()
     paths = [*write(tmp_path, "effects", runs("sae")), *write(tmp_path / "other", "effects", runs("sae"), **other)]
-    found = analyses.grouped(paths)
+    found = grouping.grouped(paths)
     assert [each.labels[label] for each in found] == [PLACE[label], other[label]]
 
 
 def test_the_layer_is_that_of_the_hook_and_tables_of_no_sae_or_hook_say_so(tmp_path):
-    (table,) = analyses.grouped(write(tmp_path, "effects", runs("sae"), hook="blocks.11.attn.hook_z"))
+    (table,) = grouping.grouped(write(tmp_path, "effects", runs("sae"), hook="blocks.11.attn.hook_z"))
     assert table.labels["layer"] == 11
-    (table,) = analyses.grouped(write(tmp_path, "compounds", runs("sae"), hook=None))
+    (table,) = grouping.grouped(write(tmp_path, "compounds", runs("sae"), hook=None))
     assert (table.labels["hook"], table.labels["sae"], table.labels["layer"]) == (None, None, None)
     path, _ = errors(tmp_path, "early", [[1, 1, 1, 1]] * 2)
-    (table,) = analyses.grouped([path])
+    (table,) = grouping.grouped([path])
     assert (table.labels["sae"], table.labels["corpus"], table.labels["layer"]) == ("early", "story", 1)
 
 
 def test_sequences_are_numbered_among_those_that_are_there_over_all_shards(tmp_path):
     table = runs("sae", "eps_random").filter(pl.col("sequence").is_in([2, 3, 9]))
-    (found,) = analyses.grouped(write(tmp_path, "effects", table, 3))
+    (found,) = grouping.grouped(write(tmp_path, "effects", table, 3))
     rows = found.read("intervention", "sequence", "kl")
     assert rows.columns == ["intervention", "sequence", "kl"]
     assert set(rows["sequence"]) == {0, 1, 2}

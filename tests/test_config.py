@@ -13,7 +13,7 @@ from fakes import ROOT, in_order, model, sae, study
 from jsonschema import Draft202012Validator
 
 from pipeline import config, fingerprint
-from pipeline.hooks import Hook
+from pipeline.hooks import Hook, read_geometry
 
 
 def entry(kind, **values):
@@ -55,7 +55,7 @@ BAD = {
     # Keys and values.
     "misspelt key": (
         lambda c, folder: c.update(shard=2),
-        "top level: Unknown key 'shard' … Did you mean 'shards'? … Known: batch, bootstrap",
+        "top level: Unknown key 'shard' … Did you mean 'shards'? … Known: atlas, batch, bootstrap",
     ),
     "misspelt key of an entry": (
         entry("corpora", contxt=8),
@@ -71,7 +71,9 @@ BAD = {
     ),
     "missing key": (lambda c, folder: c["models"][0].pop("path"), "models[0]: the key 'path' is missing"),
     "missing section": (lambda c, folder: c.pop("corpora"), "top level: the key 'corpora' is missing"),
-    "empty section": (lambda c, folder: c.update(saes=[]), "saes: []"),
+    "empty section": (lambda c, folder: c.update(models=[]), "models: []"),
+    "an experiment without SAEs": (lambda c, folder: c.update(saes=[]), "'main': there is no SAE … Name some"),
+    "nothing to do": (lambda c, folder: c.update(experiments=[]), "nothing to do … Give `experiments`, or `atlas"),
     "no shards": (lambda c, folder: c.update(shards=0), "shards: 0 is less than the minimum of 1 … Into how many jobs"),
     "half a shard": (lambda c, folder: c.update(shards=1.5), "shards: found 1.5 (float) … expected integer"),
     "no SAEs in a job": (lambda c, folder: c.update(batch=0), "batch: 0 is less than the minimum of 1 … How many SAEs"),
@@ -331,3 +333,82 @@ def test_planning_imports_nothing_heavy():
 def test_an_experiment_of_nothing_but_the_control_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'identity' is the control of other interventions"):
         config.load(study(tmp_path) | {"experiments": [{"id": "main", "interventions": ["identity"]}]})
+
+
+# Studies of little: SAEs and experiments may be left out, as long as there is something to do.
+
+NOTHING = "There is nothing to do. Give `experiments`, or `atlas: {}` for ablations without any SAE."
+LITTLE = {
+    "nothing": ({}, NOTHING),
+    "empty lists": ({"saes": [], "experiments": []}, NOTHING),
+    "SAEs that nothing is done with": ({"saes": None}, NOTHING),
+    "an experiment without SAEs": (
+        {"experiments": [{"id": "main", "interventions": ["sae"]}]},
+        "Experiment 'main': there is no SAE in the configuration. Name some, or leave the experiment out.",
+    ),
+    "an experiment without SAEs beside an atlas": (
+        {"experiments": [{"id": "main", "interventions": ["zero"]}], "atlas": {}},
+        "Experiment 'main': there is no SAE in the configuration. Name some, or leave the experiment out.",
+    ),
+    "an experiment of an SAE that is not there": (
+        {"experiments": [{"id": "main", "interventions": ["sae"], "saes": ["early"]}]},
+        "Experiment 'main': Unknown SAE 'early'. Known: none.",
+    ),
+    "a series of no SAE": (
+        {"atlas": {}, "series": [{"id": "s", "axis": "x", "points": [{"at": 1, "sae": "a"}, {"at": 2, "sae": "b"}]}]},
+        "Series 's': Unknown SAE 'a'. Known: none.",
+    ),
+    "a family of no SAE": (
+        {"atlas": {}, "metrics": {"families": [{"id": "f", "saes": ["early"]}]}},
+        "Family 'f': Unknown SAE 'early'. Known: none.",
+    ),
+    "no model": ({"models": [], "atlas": {}}, "models: []"),
+    "no corpus": ({"corpora": [], "atlas": {}}, "corpora: []"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), LITTLE.values(), ids=LITTLE)
+def test_a_study_of_too_little_is_refused(tmp_path, changes, message):
+    given = study(tmp_path)
+    saes = given.pop("saes")
+    del given["experiments"]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.load(
+            given | {name: saes if name == "saes" and value is None else value for name, value in changes.items()}
+        )
+
+
+@pytest.mark.parametrize("changes", [{}, {"saes": []}, {"experiments": []}, {"saes": [], "experiments": []}], ids=repr)
+def test_an_atlas_needs_neither_saes_nor_experiments(tmp_path, changes):
+    given = {name: value for name, value in study(tmp_path).items() if name in ("models", "corpora")}
+    found = config.load(given | changes | {"atlas": {}})
+    assert (dict(found.saes), list(found.experiments), dict(found.series)) == ({}, ["atlas"], {})
+
+
+def test_saes_may_stand_beside_an_atlas_without_an_experiment(tmp_path):
+    given = study(tmp_path) | {"experiments": [], "atlas": {}}
+    assert (list(config.load(given).saes), list(config.load(given).experiments)) == (["early", "late"], ["atlas"])
+
+
+# Which families of models run attention and MLP side by side, by their Hugging Face configuration.
+PARALLEL = {
+    "gpt2": ({"model_type": "gpt2"}, False),
+    "none": ({}, False),
+    "pythia": ({"model_type": "gpt_neox", "use_parallel_residual": True}, True),
+    "gpt-neox that does not say": ({"model_type": "gpt_neox"}, True),
+    "gpt-neox in sequence": ({"model_type": "gpt_neox", "use_parallel_residual": False}, False),
+    "gpt-neo": ({"model_type": "gpt_neo"}, False),
+    "gpt-j": ({"model_type": "gptj"}, True),
+    "phi": ({"model_type": "phi"}, True),
+    "phi-3": ({"model_type": "phi3"}, False),
+    "llama": ({"model_type": "llama"}, False),
+    "falcon": ({"model_type": "falcon", "parallel_attn": True}, True),
+    "falcon in sequence": ({"model_type": "falcon", "parallel_attn": False, "new_decoder_architecture": False}, False),
+    "falcon of the new kind": ({"model_type": "falcon", "new_decoder_architecture": True}, True),
+}
+
+
+@pytest.mark.parametrize(("settings", "parallel"), PARALLEL.values(), ids=PARALLEL)
+def test_whether_attention_and_mlp_are_side_by_side_is_read_from_the_model(tmp_path, settings, parallel):
+    model(tmp_path / "tiny", **settings)
+    assert read_geometry(tmp_path / "tiny").parallel is parallel

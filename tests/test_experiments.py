@@ -8,6 +8,8 @@ from fakes import HOOK, PAIR, every_kind, experiments, in_order, model, sae, stu
 
 from pipeline import config, fingerprint
 from pipeline.experiments import COMPOUND, GRIDS, ONLY, sets_of
+from pipeline.hooks import WRITE_SITES
+from pipeline.labels import COMPONENTS, OF_A_HEAD
 
 SCHEMA = yaml.safe_load(config.SCHEMA.read_text())["properties"]["experiments"]["items"]["properties"]
 KINDS = {entry["id"]: entry for entry in experiments()}
@@ -426,3 +428,139 @@ def test_the_entry_is_not_modified(tmp_path):
     before = deepcopy(given)
     config.load(given)
     assert given == before
+
+
+# The atlas: an experiment of every component, without SAEs.
+
+ATLAS_KEYS = yaml.safe_load(config.SCHEMA.read_text())["properties"]["atlas"]["properties"]
+
+
+def atlas(folder, **entry):
+    """The experiment of a study that has nothing but the atlas."""
+    given = {name: every_kind(folder)[name] for name in ("models", "corpora")}
+    return config.load(given | {"atlas": entry}).experiments["atlas"]
+
+
+def test_an_atlas_of_nothing_but_its_name_is_every_component_but_the_heads_at_every_layer(tmp_path):
+    found = atlas(tmp_path)
+    assert (found.id, found.scope, found.interventions) == ("atlas", "atlas", ("zero", "mean", "resample"))
+    assert found.components == ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    assert (found.layers, found.models, found.corpora, found.saes) == (None, ("tiny",), ("story",), ())
+    assert (found.contexts, found.patch_special, found.draws, found.positions) == (None, False, 1, ())
+    assert (found.curvature, found.examples, found.chosen, found.sets) == (None, None, (), None)
+
+
+def test_what_is_given_of_an_atlas_is_kept_with_its_layers_in_order(tmp_path):
+    given = {"components": ["z", "attn_out"], "layers": [2, 0], "interventions": ["resample", "zero"], "contexts": 9}
+    found = atlas(tmp_path, **given, models=["tiny"], corpora=["story"], patch_special=True)
+    assert (found.components, found.layers) == (("z", "attn_out"), (0, 2))
+    assert (found.interventions, found.contexts, found.patch_special) == (("resample", "zero"), 9, True)
+    assert (found.models, found.corpora) == (("tiny",), ("story",))
+
+
+def test_an_atlas_stands_beside_experiments_and_after_them(tmp_path):
+    given = every_kind(tmp_path)
+    before = config.load(given).experiments
+    found = config.load(given | {"atlas": {}}).experiments
+    assert list(found) == [*before, "atlas"]
+    assert {name: found[name] for name in before} == dict(before)
+
+
+def test_only_an_atlas_has_models_components_and_layers(tmp_path):
+    found = load(tmp_path)
+    assert (found.models, found.components, found.layers) == ((), (), None)
+
+
+BAD_ATLAS = {
+    "a component that is not known": (
+        {"components": ["attn"]},
+        "atlas.components[0]: 'attn' is not one of ['resid_pre'",
+    ),
+    "no component": ({"components": []}, "atlas.components: []"),
+    "a component twice": ({"components": ["z", "z"]}, "atlas.components: ['z', 'z'] has non-unique"),
+    "an intervention of an SAE": ({"interventions": ["sae"]}, "atlas.interventions[0]: 'sae' is not one of ['zero',"),
+    "an intervention of a head": (
+        {"interventions": ["zero_head"]},
+        "atlas.interventions[0]: 'zero_head' is not one of",
+    ),
+    "a layer after the last": ({"layers": [0, 3]}, "`atlas`: layer 3, but model 'tiny' has layers 0 to 2."),
+    "layers after the last": ({"layers": [7, 9, 1]}, "`atlas`: layer 9, but model 'tiny' has layers 0 to 2."),
+    "a layer before the first": ({"layers": [-1]}, "atlas.layers: [-1] … A list of layers, or `all`"),
+    "no layer": ({"layers": []}, "atlas.layers: [] … A list of layers, or `all`"),
+    "one layer": ({"layers": 1}, "atlas.layers: 1 … A list of layers, or `all`"),
+    "a layer twice": ({"layers": [1, 1]}, "atlas.layers: [1, 1] … A list of layers, or `all`"),
+    "a model that is not known": (
+        {"models": ["tinny"]},
+        "`atlas`: Unknown model 'tinny'. Did you mean 'tiny'? Known: tiny.",
+    ),
+    "a corpus that is not known": (
+        {"corpora": ["storey"]},
+        "`atlas`: Unknown corpus 'storey'. Did you mean 'story'? Known: story.",
+    ),
+    "one context": ({"contexts": 1}, "atlas.contexts: 1 is less than the minimum of 2"),
+    "misspelt key": ({"layer": [1]}, "atlas: Unknown key 'layer'. Did you mean 'layers'? Known: components, contexts,"),
+    "a key of an experiment": ({"draws": 3}, "atlas: Unknown key 'draws' … Known: components, contexts, corpora,"),
+    "special tokens in words": ({"patch_special": "BOS"}, "atlas.patch_special: found 'BOS' (str), expected boolean"),
+}
+
+
+@pytest.mark.parametrize(("entry", "parts"), BAD_ATLAS.values(), ids=BAD_ATLAS)
+def test_a_mistake_in_an_atlas_is_refused(tmp_path, entry, parts):
+    with pytest.raises(ValueError, match=in_order(parts)):
+        atlas(tmp_path, **entry)
+
+
+def test_an_atlas_without_a_value_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=in_order("atlas: found None (NoneType), expected object")):
+        config.load(study(tmp_path) | yaml.safe_load("atlas:"))
+
+
+def test_a_layer_must_be_there_in_every_model_that_is_chosen(tmp_path):
+    given = study(tmp_path)
+    given["models"].append({"id": "small", "path": model(tmp_path / "small", n_layer=2)})
+    given["saes"] = [each | {"model": "tiny"} for each in given["saes"]]
+    with pytest.raises(ValueError, match="`atlas`: layer 2, but model 'small' has layers 0 to 1"):
+        config.load(given | {"atlas": {"layers": [2]}})
+    found = config.load(given | {"atlas": {"layers": [2], "models": ["tiny"]}}).experiments["atlas"]
+    assert (found.layers, found.models) == ((2,), ("tiny",))
+
+
+def test_a_model_whose_attention_and_mlp_are_side_by_side_has_no_stream_between_them(tmp_path):
+    given = study(tmp_path) | {"atlas": {"components": ["resid_pre", "resid_mid"]}}
+    assert config.load(given).experiments["atlas"].components == ("resid_pre", "resid_mid")
+    model(tmp_path / "tiny", model_type="gpt_neox")
+    parts = (
+        "`atlas`: model 'tiny' runs attention and MLP side by side and has no 'resid_mid'. Leave it out of … compone"
+    )
+    with pytest.raises(ValueError, match=in_order(parts)):
+        config.load(given)
+    for entry in ({}, {"components": ["resid_pre"]}):
+        assert "resid_pre" in config.load(given | {"atlas": entry}).experiments["atlas"].components
+
+
+def test_an_experiment_called_atlas_is_one_unless_there_is_an_atlas_beside_it(tmp_path):
+    given = study(tmp_path) | {"experiments": [{"id": "atlas", "interventions": ["sae", "zero"]}]}
+    assert config.load(given).experiments["atlas"].scope == "all"
+    with pytest.raises(ValueError, match="experiments: the id 'atlas' is used twice"):
+        config.load(given | {"atlas": {}})
+
+
+def test_the_scope_of_the_atlas_is_not_for_experiments(tmp_path):
+    with pytest.raises(ValueError, match="'atlas' is not one of"):
+        load(tmp_path, scope="atlas")
+
+
+@pytest.mark.parametrize("name", [*OF_A_HEAD.values(), "zero_head(0)"])
+def test_a_head_is_for_the_atlas_alone(tmp_path, name):
+    parts = f"Experiment 'x': '{name.removesuffix('(0)')}' is for the atlas alone. Put `z` among the `components` of"
+    with pytest.raises(ValueError, match=in_order(parts)):
+        load(tmp_path, interventions=["sae", name])
+
+
+def test_what_the_atlas_ablates_is_what_can_be_written_and_is_in_the_schema():
+    assert [hook for hook in COMPONENTS.values() if hook not in WRITE_SITES] == []
+    assert ATLAS_KEYS["components"]["items"]["enum"] == list(COMPONENTS)
+    assert ATLAS_KEYS["interventions"]["items"]["enum"] == list(OF_A_HEAD)
+    known = fingerprint.registered("interventions", "INTERVENTIONS")
+    assert {*OF_A_HEAD, *OF_A_HEAD.values()} <= set(known)
+    assert {name for name in known if "head" in known[name]} == set(OF_A_HEAD.values())

@@ -11,12 +11,12 @@ from fakes import ROOT
 from tables import HOOK, around, call, frame, row, table
 from test_examples import files as token_files
 
-from pipeline import figures
+from pipeline import figures, metric_tables
 from pipeline.charts import COLOURS, PAIR
 from pipeline.effect_charts import GONE, KL_BINS, KL_CLIP, LOSS_BINS, LOSS_CLIP, POSITION_BIN
 from pipeline.figures import FIGURES
 from pipeline.interventions import INTERVENTIONS
-from pipeline.labels import DOSES, RESTORED, TURNS
+from pipeline.labels import DOSES, OF_A_HEAD, RESTORED, TURNS
 
 Z = "blocks.2.attn.hook_z"
 NAMES = ["sae", "sae_norm", "eps_random", "theta_random", "identity"]
@@ -70,14 +70,15 @@ def asked(folder, figure, study, tables):
 
 
 def of_analyses(folder):
-    """The tables of all analyses, of two SAEs, as files."""
+    """The tables of all analyses, of two SAEs or more, as files."""
     study_tables.saes("early", "late").write_parquet(folder / "saes.parquet")
     extremes, top_tokens = token_files(folder)
-    found = {"extremes": extremes, "top_tokens": top_tokens, "compounding": [folder / "compounding.parquet"]}
-    study_tables.sets().write_parquet(folder / "compounding.parquet")
-    for name, made in study_tables.TABLES.items():
+    found = {"extremes": extremes, "top_tokens": top_tokens}
+    tables = {name: pl.concat([made(), made("late", 2)]) for name, made in study_tables.TABLES.items()}
+    tables |= {name: made() for name, made in study_tables.TOGETHER.items()}
+    for name, data in tables.items():
         found[name] = [folder / f"{name}.parquet"]
-        pl.concat([made(), made("late", 2)]).write_parquet(*found[name])
+        data.write_parquet(*found[name])
     return found
 
 
@@ -199,7 +200,8 @@ def test_what_two_corpora_say_of_one_sae_stands_in_two_places(tmp_path):
 
 
 def test_every_intervention_but_the_control_has_a_colour_of_its_own():
-    elsewhere = {"identity", *DOSES, *TURNS, *RESTORED}  # drawn by what they are, not by intervention
+    # Drawn by what they are, or by what is ablated, and not by intervention.
+    elsewhere = {"identity", *DOSES, *TURNS, *RESTORED, *OF_A_HEAD.values()}
     assert set(COLOURS) == set(INTERVENTIONS) - elsewhere
     assert len(set(COLOURS.values())) == len(COLOURS)
 
@@ -276,3 +278,32 @@ def test_the_plane_takes_the_experiment_that_has_a_ratio():
     saes = frame([{"model": "tiny", "corpus": "story", "sae": "early", "eps_mean": 1.0, "norm_mean": 4.0}])
     data = FIGURES["plane"](summary, saes)[1]
     assert data.select("experiment", "relative_error", "kl_ratio").rows() == [("paired", 0.25, 2.0)]
+
+
+@pytest.mark.parametrize(("figure", "component"), [("atlas_heads", "z"), ("atlas_by_layer", "resid_pre")])
+def test_heads_and_streams_of_the_atlas_are_in_figures_of_their_own(tmp_path, figure, component):
+    data = plotted(tmp_path, figure)
+    assert data.equals(study_tables.ablated().filter(component=component))
+
+
+def test_effective_compute_is_of_the_sae_and_of_noise_alone(tmp_path):
+    data = plotted(tmp_path, "effective_compute")
+    assert set(data["metric"]) == {"effective_compute"}
+    assert data.select("sae", "intervention").rows() == [(sae, name) for sae in ("early", "late") for name in PAIR]
+
+
+def test_verdicts_are_drawn_of_every_metric_and_sae(tmp_path):
+    data = plotted(tmp_path, "metric_verdicts")
+    ranks = {metric: dict(part.select("sae", "rank").rows()) for (metric,), part in data.group_by("metric")}
+    assert ranks["kl"] == {"early": 1, "late": 2, "coder": 3}
+    assert ranks["nats_lost"] == ranks["loss_recovered[zero]"] == {"early": 3, "late": 2, "coder": 1}
+
+
+def test_the_curves_of_a_frontier_are_drawn_once_whatever_their_intervals_are_from():
+    found = study_tables.families()
+    points, fits = (getattr(metric_tables, f"frontier_{name}")(found) for name in ("points", "fits"))
+    assert fits["intervals"].n_unique() == 2
+    picture, data = FIGURES["frontier"](points, fits)
+    assert data.equals(points)
+    curves = [line for line in picture.axes[2].lines if len(line.get_xdata()) > 9]
+    assert len(curves) == len(fits) / 2 == 2 * 4

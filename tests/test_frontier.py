@@ -30,7 +30,7 @@ def table(l0, hit, family="a", clean=3.0, base=13.0) -> pl.DataFrame:
 
 
 def only(rows: pl.DataFrame, model: str, family: str = "a") -> dict:
-    (row,) = rows.filter(pl.col("model") == model, pl.col("family") == family).rows(named=True)
+    (row,) = rows.filter(pl.col("curve") == model, pl.col("family") == family).rows(named=True)
     return row
 
 
@@ -282,3 +282,13 @@ def test_the_published_gemma_frontiers_are_read_and_fitted():
     assert round(only(rows, "linear", "baseline")["m"] / only(rows, "linear", "gated")["m"], 2) == 2.77
     assert round(only(rows, "hill", "baseline")["k"] / only(rows, "hill", "gated")["k"], 2) == 1.27
     assert math.isclose(only(rows, "hill", "gated")["x_half"], 7.6257, rel_tol=1e-4)
+
+
+def test_a_file_is_read_by_its_very_name_and_a_column_there_twice_is_refused(tmp_path):
+    line = "family,l0,ce,clean,baseline\n{},10,3.1,3,5\n"
+    for name in ("d1.csv", "d[1].csv"):
+        (tmp_path / name).write_text(line.format(name[:2]))
+    assert frontier.read_csv(tmp_path / "d[1].csv")["family"].to_list() == ["d["]
+    (tmp_path / "twice.csv").write_text("family,family,l0,ce,clean,baseline\na,b,10,3.1,3,5\n")
+    with pytest.raises(ValueError, match="has the column family twice"):
+        frontier.read_csv(tmp_path / "twice.csv")

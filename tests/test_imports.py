@@ -12,19 +12,24 @@ from fakes import ROOT
 LAYERS = (
     ("types", "registry", "fingerprint", "labels", "linear", "rows", "workers", "texts", "charts"),
     ("hooks", "logits", "experiments", "jobs", "selection"),
-    ("config", "store", "corpora", "interventions", "statistics", "models", "saes", "batches"),
-    ("outcomes", "stage", "lean", "metrics", "examples", "report_tables"),
+    ("store", "corpora", "interventions", "statistics", "models", "saes", "batches"),
+    ("stage", "lean", "metrics", "examples", "grouping"),
     # Rows of tokens -> results, and results -> pictures.
     ("single", "draws", "ladder", "dose", "dark_matter", "compounding", "curvature", "atlas", "normalised", "fits"),
     ("compute", "frontier", "effect_charts", "error_charts", "study_charts", "token_figures", "wording"),
-    ("plan", "hooked", "tables", "families"),
+    ("hooked", "tables", "families", "paper_table"),
+    ("measures", "metric_tables", "report_tables", "metric_charts", "frontier_csv"),
+    ("config", "frontier_charts"),
+    ("outcomes",),
+    ("plan",),
+    ("estimate",),
     ("decoder",),
     ("engine",),
     ("sets",),
     ("tokens", "weights", "clean", "activations", "moments", "curvatures", "extremes", "top_tokens"),
     ("reconstructions", "errors", "correlates"),
     ("sources",),
-    ("effects", "compounds", "checks", "summary", "analyses", "figures", "report"),
+    ("effects", "compounds", "checks", "summary", "analyses", "paper", "figures", "report"),
     ("ablations",),  # The same measurement as effects, without an SAE.
 )
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row}

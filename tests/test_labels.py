@@ -39,7 +39,7 @@ def test_everything_that_an_intervention_asks_for_is_known():
 
 def test_everything_is_made_from_a_stage_the_seed_or_a_grid():
     sources = {source for made_from in labels.ARGUMENTS.values() for source in made_from}
-    assert sources == {"reconstructions", "moments", "errors", "seed", "alphas", "cosines"}
+    assert sources == {"reconstructions", "moments", "errors", "seed", "alphas", "cosines", "heads"}
 
 
 def test_the_interventions_of_special_purposes_exist():

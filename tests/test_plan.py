@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fakes import HOOK, PAIR, every_kind, experiments, model, sae, study
+from fakes import HOOK, PAIR, alone, calibration, everything, experiments, model, of_kind, sae, study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import config, fingerprint
+from pipeline import config, fingerprint, measures
 from pipeline.batches import BATCH, shard_bounds
 from pipeline.jobs import BATCHES, PATTERNS, Batch
 from pipeline.plan import Plan
 
-AGGREGATES = {"summary", "figures", "report"}
+AGGREGATES = {"summary", "paper", "figures", "report"}
 ROWS = {"reconstructions", "effects", "ablations"}
 KINDS = {entry["id"]: entry for entry in experiments()}
 
@@ -79,7 +79,7 @@ def test_a_changed_seed_makes_again_only_what_draws_noise(tmp_path):
     configuration = study(tmp_path)
     configuration["experiments"].append({"id": "calm", "interventions": ["sae", "zero", "mean"]})
     before, after = plan(configuration), plan(configuration | {"seed": 1})
-    assert changed_stages(before, after) == {"effects", "checks"} | AGGREGATES
+    assert changed_stages(before, after) == {"effects", "checks", "analyses"} | AGGREGATES
     effects = [path for path, job in before.jobs.items() if job.stage == "effects"]
     again = {path for path in effects if before[path].fingerprint != after[path].fingerprint}
     assert again == {path for path in effects if "/main/" in path}
@@ -102,9 +102,10 @@ def test_another_sae_makes_nothing_again_but_the_summary_and_what_shows_it(tmp_p
     more["saes"].insert(0, {"id": "third", "path": path})
     before, after = plan(configuration), plan(more)
     assert before.jobs.keys() < after.jobs.keys()
-    assert changed_stages(before, after) == {"checks"} | AGGREGATES
+    assert changed_stages(before, after) == {"checks", "analyses"} | AGGREGATES
     new = {after[path].stage for path in after.jobs.keys() - before.jobs.keys()}
-    assert new == {"reconstructions", "effects"} | (set() if hook == HOOK else {"activations", "moments", "ablations"})
+    of_the_hook = set() if hook == HOOK else {"activations", "moments", "ablations"}
+    assert new == {"reconstructions", "effects", "figures"} | of_the_hook  # the verdicts are those of three SAEs
 
 
 def test_another_experiment_makes_nothing_again_but_the_summary_and_what_shows_it(tmp_path):
@@ -142,7 +143,7 @@ def test_a_change_makes_again_what_depends_on_it(tmp_path, change, stages):
     after = plan(configuration)
     assert {
         job.stage for path, job in after.jobs.items() if job.fingerprint != fingerprints[path]
-    } == stages | AGGREGATES
+    } == stages | AGGREGATES | {"analyses"}
 
 
 def test_an_experiment_of_sae_interventions_alone_has_no_ablations(tmp_path):
@@ -183,7 +184,7 @@ def test_only_the_mean_ablation_reads_the_moments(tmp_path):
 
 
 def test_two_plans_of_one_configuration_say_the_same(tmp_path):
-    configuration = every_kind(tmp_path)
+    configuration = everything(tmp_path)
     turned = json.loads(json.dumps(configuration), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
     assert list(turned) != list(configuration)
     one, two = plan(configuration).jobs, plan(turned).jobs
@@ -205,7 +206,7 @@ def test_twice_the_jobs_read_no_more_code(tmp_path, monkeypatch):
 
 
 def test_a_job_tells_its_stage_where_its_inputs_are_and_what_they_must_be(tmp_path):
-    made = plan(every_kind(tmp_path))
+    made = plan(everything(tmp_path))
     for job in made.jobs.values():
         (told,) = json.loads(job.json)
         assert told == json.loads(json.dumps(job.told))
@@ -232,8 +233,8 @@ def test_the_first_sae_at_every_hook_and_every_ablation_are_checked_on_the_first
 
 @pytest.fixture(scope="module")
 def every(tmp_path_factory):
-    """A study of every kind of experiment; its files are left as they are."""
-    return every_kind(tmp_path_factory.mktemp("every"))
+    """A study of every kind of experiment, with atlas, metrics and families; its files are left as they are."""
+    return everything(tmp_path_factory.mktemp("every"))
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +259,12 @@ def new(before, after):
     return {name_of(after[path]) for path in after.jobs.keys() - before.jobs.keys()} - {"figures"}
 
 
+def drawn_again(before, after):
+    """The figures that both plans have and the second one makes again."""
+    shared = [job for job in of("figures", after.jobs) if job.path in before.jobs]
+    return {job.key["figure"] for job in shared if job.fingerprint != before[job.path].fingerprint}
+
+
 # Of an experiment by itself: its own jobs, and those that these are made from.
 OWN = {
     "main": {"effects", "ablations", "curvatures", "extremes", "top_tokens", "checks"},
@@ -267,15 +274,18 @@ OWN = {
     "single": {"effects", "ablations", "checks"},
     "draws": {"effects", "checks"},
     "together": {"compounds"},
+    "atlas": {"ablations", "checks"},
 }
 MODEL = {"tokens", "weights", "clean"}
 SHARED = {name: {*MODEL, "activations", "reconstructions", "moments"} for name in OWN}  # moments: of the summary
 SHARED |= {name: SHARED[name] | {"errors"} for name in ("ladder", "dark")} | {"together": MODEL}
+SHARED |= {name: SHARED[name] | {"paper"} for name in ("main", "ladder", "dark")}  # SAEs alone, at every token
+SHARED |= {"atlas": SHARED["atlas"] - {"reconstructions"}}
 
 
 @pytest.mark.parametrize("kind", OWN)
 def test_an_experiment_has_its_own_jobs_and_what_they_are_made_from_and_no_others(every, kind):
-    made = plan(every | {"experiments": [KINDS[kind]], "series": []})
+    made = plan(of_kind(every, kind))
     of_it = {job.stage for job in made.jobs.values() if job.key.get("experiment") == kind}
     assert of_it == OWN[kind]
     rest = {job.stage for job in made.jobs.values() if "experiment" not in job.key}
@@ -296,6 +306,7 @@ ROLES = {
     "ablations main": PATCHED | {"moments"},
     "ablations dose": PATCHED,
     "ablations single": PATCHED,
+    "ablations atlas": PATCHED | {"moments"},
     "errors": {"tokens", "moments", "activations", "reconstructions"},
     "curvatures main": {"tokens", "weights", "activations", "reconstructions", "effects"},
     "extremes main": {"tokens", "effects"},
@@ -372,14 +383,19 @@ def changed(configuration, kind, **changes):
     return configuration
 
 
-DOSE = {"effects dose", "checks dose", "analyses doses", "analyses exponents", "analyses cosines", "summary", "report"}
+VERDICTS = {"analyses metric_ranks", "analyses metric_agreements", "analyses metric_flips"}
+METRICS = {"analyses metrics", *VERDICTS}
+FRONTIERS = {"analyses frontier_points", "analyses frontier_fits", "analyses frontier_factors"}
+SUMMARY = {"summary", "paper", "report"}
+DOSE = {"effects dose", "checks dose", "analyses doses", "analyses exponents", "analyses cosines"} | SUMMARY
 SINGLE = {"effects single", "ablations single", "checks single", "analyses single_positions", "report"}
 DRAWS = {"effects draws", "checks draws", "analyses draws", "analyses draws_found", "report"}
 TOGETHER = {"compounds together", "analyses compounding", "report"}
-LADDER = {"effects ladder", "checks ladder", "analyses rungs", "summary", "report"}
+LADDER = {"effects ladder", "checks ladder", "analyses rungs"} | SUMMARY
 SELECTED = {"extremes main", "top_tokens main", "report"}
-MAIN = {"effects main", "curvatures main", "checks main", "analyses curvature", "analyses correlations", "summary"}
-MAIN |= SELECTED
+MAIN = {"effects main", "curvatures main", "checks main", "analyses curvature", "analyses correlations"}
+MAIN |= SELECTED | METRICS | FRONTIERS | SUMMARY
+ATLAS = {"ablations atlas", "checks atlas", "analyses atlas", "report"}
 CHANGES = {
     "more draws": ("draws", {"draws": 16}, DRAWS),
     "contexts of draws": ("draws", {"contexts": 16}, DRAWS),
@@ -402,7 +418,7 @@ CHANGES = {
     "one more ablation": (
         "main",
         {"interventions": [*PAIR, "zero", "mean", "resample"]},
-        {"ablations main", "checks main", "summary", "report"},
+        {"ablations main", "checks main"} | METRICS | FRONTIERS | SUMMARY,
     ),
 }
 
@@ -416,13 +432,13 @@ def test_another_seed_makes_again_all_that_is_random_and_every_interval(every, w
     before, after = whole, plan(every | {"seed": 1})
     random = {f"effects {kind}" for kind in ("main", "ladder", "dose", "single", "draws")}
     random |= {name.replace("effects", "checks") for name in random} | {"ablations dose", "compounds together"}
-    random |= {"curvatures main", "extremes main", "top_tokens main"}
-    assert again(before, after) == random | {f"analyses {name}" for name in before.analyses} | {"summary", "report"}
+    random |= {"curvatures main", "extremes main", "top_tokens main", "ablations atlas", "checks atlas"}
+    assert again(before, after) == random | {f"analyses {name}" for name in before.analyses} | SUMMARY
 
 
 def test_another_bootstrap_computes_nothing_of_a_model_again(every, whole):
     before, after = whole, plan(every | {"bootstrap": {"samples": 101}})
-    assert again(before, after) == {f"analyses {name}" for name in before.analyses} | {"summary", "report"}
+    assert again(before, after) == {f"analyses {name}" for name in before.analyses} | SUMMARY
 
 
 def test_another_series_draws_a_figure_again(every, whole):
@@ -430,12 +446,17 @@ def test_another_series_draws_a_figure_again(every, whole):
     assert changed_stages(whole, plan(every | {"series": series})) == {"figures", "report"}
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_a_new_experiment_of_any_kind_leaves_all_others_current(every, whole, kind):
+# What else is made again where the experiment is new: tables of all that replace every token. The metrics are about
+# `main`, and without it about `ladder` and `dark`, which have purposes of their own.
+SHOWN = dict.fromkeys(("ladder", "dark", "dose"), SUMMARY) | {"main": SUMMARY | METRICS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_experiment_of_any_kind_leaves_all_others_current(every, kind):
     others = [entry for entry in every["experiments"] if entry["id"] != kind]
-    before, after = plan(every | {"experiments": others}), whole
-    replaces_every_token = "scope" not in KINDS[kind]
-    assert again(before, after) == {"report"} | ({"summary"} if replaces_every_token else set())
+    rest = {"atlas": every["atlas"], "series": every["series"]}
+    before, after = (plan(alone(every, *entries, **rest)) for entries in (others, every["experiments"]))
+    assert again(before, after) == SHOWN.get(kind, {"report"})
     of_its_own = {f"{stage} {kind}" for stage in OWN[kind]}
     assert of_its_own <= new(before, after)
     analyses = {f"analyses {name}" for name in after.analyses}
@@ -443,20 +464,20 @@ def test_a_new_experiment_of_any_kind_leaves_all_others_current(every, whole, ki
     assert new(before, after) - of_its_own - analyses <= {"errors", "moments"}
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_second_experiment_of_a_kind_leaves_the_first_current(every, whole, kind):
     more = every | {"experiments": [*every["experiments"], KINDS[kind] | {"id": "second"}]}
     before, after = whole, plan(more)
-    assert {name.split()[0] for name in again(before, after)} <= {"analyses", "summary", "report"}
+    assert {name.split()[0] for name in again(before, after)} <= {"analyses", *SUMMARY}
     assert new(before, after) == {f"{stage} second" for stage in OWN[kind]}
 
 
-@pytest.mark.parametrize("hook", [HOOK, "blocks.0.attn.hook_z"], ids=["at a known hook", "at a new hook"])
+@pytest.mark.parametrize("hook", [HOOK, "blocks.1.attn.hook_z"], ids=["at a known hook", "at a new hook"])
 def test_a_new_sae_computes_its_own_and_leaves_all_others_current(every, whole, tmp_path, hook):
     path = sae(tmp_path / "third", hook=hook, d_in=16 if hook == HOOK else 8)
     more = every | {"saes": [{"id": "third", "path": path}, *every["saes"]]}
     before, after = whole, plan(more)
-    shown = {"checks main", "checks single", "summary", "report", "analyses single_positions"}
+    shown = {"checks main", "checks single", "analyses single_positions"} | METRICS | SUMMARY  # it is in no family
     assert again(before, after) == shown | {"analyses curvature", "analyses correlations"}
     own = {"reconstructions", "effects main", "effects single", "curvatures main", "extremes main", "top_tokens main"}
     of_the_hook = {"activations", "moments", "ablations main", "ablations single"}
@@ -466,7 +487,7 @@ def test_a_new_sae_computes_its_own_and_leaves_all_others_current(every, whole, 
 
 
 def test_an_experiment_that_names_its_saes_knows_nothing_of_another(tmp_path):
-    configuration = every_kind(tmp_path)
+    configuration = everything(tmp_path)
     new_one = {"id": "third", "path": sae(tmp_path / "third", hook="blocks.0.hook_resid_pre")}
     configuration = changed(configuration, "together", saes=None)
     more = configuration | {"saes": [*configuration["saes"], new_one]}
@@ -477,7 +498,7 @@ def test_an_experiment_that_names_its_saes_knows_nothing_of_another(tmp_path):
 
 
 def test_other_weights_of_an_sae_make_again_what_it_is_in(tmp_path):
-    configuration = every_kind(tmp_path)
+    configuration = everything(tmp_path)
     before = plan(configuration)
     before_it = {path: job.fingerprint for path, job in before.jobs.items()}
     (tmp_path / "late" / "sae_weights.safetensors").write_bytes(b"trained for longer")
@@ -487,6 +508,126 @@ def test_other_weights_of_an_sae_make_again_what_it_is_in(tmp_path):
     names = {name_of(job) for job in changed_jobs}
     assert {"compounds together", "curvatures main", "extremes main", "top_tokens main", "effects single"} <= names
     assert not {"effects draws", "effects dose", "analyses rungs", "analyses draws", "ablations main"} & names
+
+
+# Metrics, families and the atlas.
+
+
+def measured(given, **changes):
+    """A copy with other `metrics`."""
+    return deepcopy(given) | {"metrics": deepcopy(given["metrics"]) | changes}
+
+
+COMPUTED = {"analyses calibrated", "paper", "report"} | METRICS
+FAMILIES = [{"id": "one", "saes": ["early"]}, {"id": "two", "saes": ["coder"]}]
+# What is changed, and all that is made again, with its figures: nothing that runs a model.
+MEASURES = {
+    "one law less": ({"calibrations": ["kaplan"]}, COMPUTED, {"effective_compute", "metric_verdicts"}),
+    "another family": ({"families": FAMILIES}, FRONTIERS | {"report"}, {"frontier"}),
+    "another baseline": ({"baseline": "unigram"}, FRONTIERS | {"report"}, {"frontier"}),
+    "the smoothing of bigrams": (
+        {"bigram_smoothing": 3},
+        METRICS | {"paper", "report"},
+        {"effective_compute", "metric_verdicts"},
+    ),
+    "other columns": ({"columns": ["l0", "kl"]}, {"paper", "report"}, set()),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected", "figures"), MEASURES.values(), ids=MEASURES)
+def test_what_metrics_are_measured_against_makes_again_what_is_made_with_it(every, whole, changes, expected, figures):
+    after = plan(measured(every, **changes))
+    assert again(whole, after) == expected
+    assert drawn_again(whole, after) == figures
+    assert new(whole, after) == set()
+
+
+def test_a_changed_calibration_file_makes_again_only_what_is_made_with_it(tmp_path):
+    configuration = everything(tmp_path)
+    before = plan(configuration)
+    calibration(tmp_path / "own.csv", floor=1.25)
+    after = plan(configuration)
+    assert again(before, after) == COMPUTED
+    assert drawn_again(before, after) == {"effective_compute", "metric_verdicts"}
+
+
+def test_a_published_law_is_the_same_wherever_the_project_lies(every, whole, tmp_path, monkeypatch):
+    shutil.copytree(measures.PUBLISHED, tmp_path / "calibrations")
+    monkeypatch.setattr(measures, "PUBLISHED", tmp_path / "calibrations")
+    assert again(whole, plan(every)) == set()
+
+
+def test_the_first_families_make_nothing_again_but_the_report(every, whole):
+    before = plan(measured(every, families=[]))
+    assert again(before, whole) == {"report"}
+    assert new(before, whole) == FRONTIERS
+
+
+@pytest.mark.parametrize("corpus", ["story", "poem"], ids=["on a known corpus", "on a new corpus"])
+def test_a_new_atlas_makes_nothing_else_stale(tmp_path, corpus):
+    configuration = everything(tmp_path)
+    (tmp_path / "poem.txt").write_text("Two roads")
+    configuration["corpora"].append({"id": "poem", "path": str(tmp_path / "poem.txt"), "context": 16})
+    for entry in configuration["experiments"]:
+        entry["corpora"] = ["story"]
+    atlas = configuration.pop("atlas")
+    before, after = plan(configuration), plan(configuration | {"atlas": atlas | {"corpora": [corpus]}})
+    assert again(before, after) == {"report"}
+    assert drawn_again(before, after) == set()
+    own = (ATLAS - {"report"}) | {"activations", "moments"}
+    assert new(before, after) == own | ({"tokens", "clean"} if corpus == "poem" else set())
+
+
+def test_another_atlas_makes_only_itself_again(every, whole):
+    after = plan(every | {"atlas": every["atlas"] | {"contexts": 8}})
+    assert again(whole, after) == ATLAS
+    assert drawn_again(whole, after) == {"atlas_by_layer", "atlas_heads"}
+
+
+def ablated(made):
+    """(hook, interventions) of every job of the atlas."""
+    jobs = [job for job in of("ablations", made.jobs) if job.key["experiment"] == "atlas"]
+    return {job.key["hook"]: job.settings["interventions"] for job in jobs}
+
+
+def test_the_atlas_ablates_streams_whole_and_attention_head_by_head(whole):
+    heads = [f"{name}_head({head})" for name in ("zero", "mean", "resample") for head in (0, 1)]
+    sites = {"hook_resid_pre": ["zero", "mean", "resample"], "attn.hook_z": heads}
+    expected = {f"blocks.{layer}.{site}": ["identity", *names] for layer in (0, 2) for site, names in sites.items()}
+    assert ablated(whole) == expected
+    told = [job.settings for job in of("ablations", whole.jobs) if job.key["experiment"] == "atlas"]
+    assert {(each["scope"], each["contexts"]) for each in told} == {("all", 16)}
+
+
+def test_an_atlas_needs_no_sae_and_is_all_components_but_z_at_all_layers(every):
+    made = plan(alone(every, atlas={}, saes=[]))
+    streams = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out"]
+    assert set(ablated(made)) == {f"blocks.{layer}.{site}" for layer in range(3) for site in streams}
+    shown = {"summary", "analyses", "figures", "report"}
+    assert {job.stage for job in made.jobs.values()} == MODEL | {"activations", "moments", *OWN["atlas"], *shown}
+
+
+def test_streams_that_a_parallel_model_lacks_are_left_out_unless_they_are_asked_for(tmp_path):
+    configuration = alone(everything(tmp_path), atlas={"layers": [1]})
+    mid = "blocks.1.hook_resid_mid"
+    for parallel in (True, False):
+        model(tmp_path / "tiny", model_type="gpt_neox", use_parallel_residual=parallel)
+        assert (mid in ablated(plan(configuration))) is not parallel
+    model(tmp_path / "tiny", model_type="gpt_neox")  # as Pythia is, which does not say it
+    assert len(ablated(plan(configuration))) == 4
+    configuration["atlas"]["components"] = ["resid_pre", "resid_mid"]
+    with pytest.raises(ValueError, match="model 'tiny' runs attention and MLP side by side and has no 'resid_mid'"):
+        plan(configuration)
+
+
+def test_a_stream_is_left_out_of_the_parallel_model_alone(tmp_path):
+    configuration = alone(everything(tmp_path), atlas={"layers": [1]}, saes=[])
+    configuration["models"].append({"id": "wide", "path": model(tmp_path / "wide", model_type="gptj")})
+    hooks = {"tiny": set(), "wide": set()}
+    for job in of("ablations", plan(configuration).jobs):
+        hooks[job.key["model"]].add(job.key["hook"])
+    assert hooks["tiny"] - hooks["wide"] == {"blocks.1.hook_resid_mid"}
+    assert hooks["wide"] < hooks["tiny"]
 
 
 # What a change of the code makes again.
@@ -514,7 +655,7 @@ WITH_NOISE = {f"effects {kind}" for kind in ("main", "ladder", "single", "draws"
 WITH_NOISE |= {name.replace("effects", "checks") for name in WITH_NOISE}
 WITH_NOISE |= {"curvatures main", "extremes main", "top_tokens main", "compounds together"}
 WITH_NOISE |= {f"analyses {name}" for name in ("rungs", "single_positions", "draws", "draws_found", "compounding")}
-WITH_NOISE |= {"analyses curvature", "analyses correlations", "summary", "report"}
+WITH_NOISE |= {"analyses curvature", "analyses correlations"} | METRICS | FRONTIERS | SUMMARY
 EDITS = {
     "a new intervention": ("interventions", "def arguments(", NEW_INTERVENTION, set()),
     "a random direction": (
@@ -530,6 +671,7 @@ EDITS = {
         LADDER,
     ),
     "a dose": ("interventions", "return x + alpha * (x_hat - x)", "return x_hat * alpha + x * (1 - alpha)", DOSE),
+    "a head's ablation": ("interventions", "torch.where(head, 0, x)", "torch.where(head, x * 0, x)", ATLAS),
     "what no experiment names": ("interventions", "return 2 * x - x_hat", "return x - (x_hat - x)", set()),
     "a new kind of argument": (
         "labels",
@@ -550,7 +692,7 @@ EDITS = {
 
 @pytest.mark.parametrize(("module", "old", "text", "expected"), EDITS.values(), ids=EDITS)
 def test_an_edit_makes_again_what_is_made_with_the_function(tmp_path, package, module, old, text, expected):
-    configuration = every_kind(tmp_path)
+    configuration = everything(tmp_path)
     before = plan(configuration)
     edit(package, module, old, text)
     if expected is None:  # It must say what it is about.
@@ -569,7 +711,7 @@ def compounds(made):
 
 
 def test_sets_are_of_saes_in_the_order_of_layers(tmp_path):
-    configuration = changed(every_kind(tmp_path), "together", saes=["coder", "late", "early"])
+    configuration = changed(everything(tmp_path), "together", saes=["coder", "late", "early"])
     configuration["saes"].reverse()
     told = compounds(plan(configuration))["tiny"].settings
     assert [each["id"] for each in told["saes"]] == ["early", "coder", "late"]  # the last two are of one layer
@@ -605,7 +747,7 @@ def test_sets_are_told_what_to_encode_and_where_and_how_the_model_is_run(every):
 
 
 def test_every_model_has_its_own_sets(tmp_path):
-    configuration = every_kind(tmp_path)
+    configuration = everything(tmp_path)
     configuration["models"].append({"id": "other", "path": model(tmp_path / "other")})
     configuration["saes"] = [entry | {"model": "tiny"} for entry in configuration["saes"]]
     for layer in range(2):
@@ -621,7 +763,7 @@ def test_every_model_has_its_own_sets(tmp_path):
     assert set(jobs) == {"tiny"}
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_large_study_is_planned_without_reading_code_for_every_job(tmp_path, kind, monkeypatch):
     parse, parsed = fingerprint.ast.parse, []
     monkeypatch.setattr(
@@ -631,7 +773,7 @@ def test_a_large_study_is_planned_without_reading_code_for_every_job(tmp_path, k
     for copies in (1, 4):
         entries = [KINDS[kind] | {"id": f"copy{i}"} for i in range(copies)]
         parsed.clear()
-        plan(every_kind(tmp_path) | {"experiments": entries, "series": []})
+        plan(alone(everything(tmp_path), *entries))
         # `registered` looks at the interventions once for each experiment.
         counts.append(len(parsed) - copies)
     assert counts[1] <= counts[0]
@@ -684,7 +826,7 @@ def test_a_batch_has_one_stage_experiment_model_corpus_and_shard(tmp_path):
 
 
 def test_every_job_is_made_by_one_step_and_a_batch_tells_what_its_jobs_tell(tmp_path):
-    made = plan(every_kind(tmp_path) | {"shards": 2, "batch": 2})
+    made = plan(everything(tmp_path) | {"shards": 2, "batch": 2})
     for path, step in made.steps.items():
         assert path == step.path
         assert all(made.step(job) is step for job in step.jobs)
@@ -714,7 +856,10 @@ def test_a_missing_result_is_made_again_and_nothing_else(tmp_path, stage):
     assert stages_to_make(plan(study(tmp_path)), **{stage: "missing"}) == {stage}
 
 
-@pytest.mark.parametrize("stage", ["tokens", "weights", "clean", "activations", "moments", "summary", "checks"])
+@pytest.mark.parametrize(
+    "stage",
+    ["tokens", "weights", "clean", "activations", "moments", "summary", "analyses", "paper", "figures", "checks"],
+)
 def test_what_is_missing_and_asked_for_by_nothing_is_not_made(tmp_path, stage):
     made = plan(study(tmp_path))
     assert stages_to_make(made, **{stage: "missing"}) == set()
@@ -747,4 +892,4 @@ def test_what_is_missing_and_asked_for_is_made_all_the_way_up(tmp_path):
 def test_another_precision_makes_again_what_is_computed_in_it(tmp_path, precision, stages):
     configuration = study(tmp_path)
     before, after = plan(configuration), plan(configuration | {"precision": precision})
-    assert changed_stages(before, after) == (stages | AGGREGATES if stages else set())
+    assert changed_stages(before, after) == (stages | AGGREGATES | {"analyses"} if stages else set())

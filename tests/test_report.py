@@ -10,7 +10,7 @@ import study_tables
 from tables import HOOK, around, call, frame, row
 from test_wording import CONTROL, ratios, rungs
 
-from pipeline import report, report_tables, store, wording
+from pipeline import metric_tables, paper_table, report, report_tables, store, wording
 from pipeline.figures import FIGURES
 
 SVG = b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'><a href='http://example.org'/></svg>"
@@ -30,7 +30,7 @@ CHECK = {"hook": HOOK, "sae": "early", "intervention": "sae", "n_tokens": 512, "
 CHECK |= {"kl_worst": 1e-7, "kl_worst_relative": 1e-5, "ce_worst": 2e-6, "top1_agreement": 1.0}
 
 
-def page(folder, rows, table=None, checks=(CHECK,), analyses=None, names=("kl_by_layer",), **settings):
+def page(folder, rows, table=None, checks=(CHECK,), analyses=None, names=("kl_by_layer",), paper=None, **settings):
     """The HTML page and the line of text. `analyses`: tables of results by name; `names`: those of the figures."""
     summary, figures = folder / "effects.parquet", [folder / f"{name}.parquet" for name in names]
     store.write_table(summary, [frame(rows).to_arrow()], "0123", {}, packages={"torch": "1.2.3"})
@@ -42,6 +42,10 @@ def page(folder, rows, table=None, checks=(CHECK,), analyses=None, names=("kl_by
     for name, made in (analyses or {}).items():
         inputs["analyses"].append(folder / f"{name}.parquet")
         made.write_parquet(inputs["analyses"][-1])
+    if paper is not None:
+        (folder / "paper").mkdir()
+        inputs["paper"] = [folder / "paper" / "saes.parquet"]
+        store.write_table(*inputs["paper"], [paper.to_arrow()], "0123", {}, packages={"torch": "9.9.9"})
     if checks:
         inputs["checks"] = [folder / "checks.parquet"]
         frame(list(checks)).write_parquet(*inputs["checks"])
@@ -133,15 +137,18 @@ def test_every_figure_stands_under_one_heading():
 
 def test_every_table_of_an_analysis_stands_under_one_heading():
     named = [name for _, _, names in report.SECTIONS.values() for name in names]
-    assert sorted(named) == sorted(report_tables.ANALYSES)
+    assert sorted(named) == sorted([*report_tables.ANALYSES, "paper"])
 
 
 def test_contents_lead_to_the_headings_that_the_page_has(tmp_path):
-    html, _ = page(tmp_path, [row(), *CONTROLS], names=["kl_by_layer", "training_series", "ladder"])
+    names = ["atlas_heads", "kl_by_layer", "training_series", "frontier", "ladder", "effective_compute"]
+    html, _ = page(tmp_path, [row(), *CONTROLS], names=names)
     anchors = re.findall(r'href="#([^"]*)"', html)
-    assert anchors == ["every-token", "kind-of-error", "training", "saes", "effects", "provenance"]
+    measured = ["metrics", "frontiers", "ablation-atlas"]
+    assert anchors == ["every-token", "kind-of-error", *measured, "training", "saes", "effects", "provenance"]
     assert re.findall(r'<h2 id="([^"]*)"', html) == anchors
-    assert re.findall(r'<figure id="([^"]*)"', html) == ["kl_by_layer", "ladder", "training_series"]
+    ordered = ["kl_by_layer", "ladder", "effective_compute", "frontier", "atlas_heads", "training_series"]
+    assert re.findall(r'<figure id="([^"]*)"', html) == ordered
 
 
 def test_a_figure_of_ones_own_has_a_place(tmp_path, monkeypatch):
@@ -161,33 +168,81 @@ ANALYSED = {
     "dark_matter": study_tables.parts_of_errors(),
     "curvature": study_tables.curvatures(),
     "compounding": study_tables.sets(),
+    "metric_flips": study_tables.verdicts().flips,
+    "calibrated": study_tables.calibrated(),
+    "frontier_fits": metric_tables.frontier_fits(study_tables.families()),
+    "frontier_factors": metric_tables.frontier_factors(study_tables.families()),
+    "atlas": study_tables.ablated(),
 }
+COLUMNS = ["l0", "kl", "loss_recovered[zero]"]
+
+
+def paper_of(*names, **changes):
+    """The summary table of some SAEs."""
+    table = pl.concat(study_tables.metrics(name, i, **changes) for i, name in enumerate(names, 1))
+    about = {"architecture": "topk", "n_tokens": 1500, "l0_mean": 16.0, "l0_mean_low": 15.5, "l0_mean_high": 16.5}
+    return paper_table.paper_table(table, study_tables.saes(*names, **about), COLUMNS)
 
 
 def test_tables_of_analyses_have_titles_with_units_and_whole_counts(tmp_path):
     html, _ = page(tmp_path, [row(), *CONTROLS], analyses=ANALYSED | {"doses": study_tables.doses()})
     assert 'id="doses"' not in html  # in a figure, and too long
     for name in ANALYSED:
-        assert not any("_" in title for title in titles(html, name) if "eps_random" not in title)
+        shown = [title for title in titles(html, name) if "eps_random" not in title and title != "x_half"]
+        assert not any("_" in title for title in shown)
     assert titles(html, "compounding")[:5] == ["set", "SAEs", "intervention", "tokens", "mean KL, nats"]
     assert cells(html, "compounding")[0] == ["a", "1", "sae", "1500", "0.5 [0.4, 0.6]", "1 [0.9, 1.1]"]
     assert cells(html, "dark_matter")[0][:5] == ["early", "1.resid_pre", "mean and shrinkage", "1500", "0.1"]
+    assert cells(html, "atlas")[2] == ["0.z", "z", "0", "0", "zero", "1500", *["1 [0.9, 1.1]"] * 2, "0.1 [0.09, 0.11]"]
+    flips = [line[1:5] for line in cells(html, "metric_flips")]
+    assert ["nats_lost", "coder", "kl", "early"] in flips
+    assert cells(html, "calibrated")[0][0] == "Kaplan 2020"
+    assert titles(html, "frontier_fits")[:5] == ["family", "curve", "points", "number", "intervals from"]
+    assert titles(html, "frontier_factors")[:4] == ["family", "against", "curve or loss", "quantity"]
     # A column of nothing but nulls is left out; a null among numbers is a dash.
     assert "of it by curvature" in titles(html, "curvature")
     assert cells(html, "curvature")[1][5:] == ["–", "–", "–"]
 
 
-def test_only_the_ladder_and_effects_are_open(tmp_path):
-    html, _ = page(tmp_path, [row(), *CONTROLS], analyses=ANALYSED)
+def test_only_the_ladder_the_papers_table_and_effects_are_open(tmp_path):
+    settings = {"paper": paper_of("early"), "metrics": {"columns": COLUMNS}}
+    html, _ = page(tmp_path, [row(), *CONTROLS], analyses=ANALYSED, **settings)
     opened = re.findall(r"<details([^>]*) open>\s*<summary>(.*?)</summary>", html)
-    assert opened == [("", "In words"), (' id="rungs"', "Table: The ladder"), ("", "Table: 1 rows")]
+    paper = ' id="paper"', "Table: Summary"
+    assert opened == [("", "In words"), (' id="rungs"', "Table: The ladder"), paper, ("", "Table: 1 rows")]
+
+
+def test_the_table_of_a_paper_has_the_columns_that_were_asked_for_and_says_where_it_is(tmp_path):
+    html, _ = page(tmp_path, [row(), *CONTROLS], paper=paper_of("early", "late"), metrics={"columns": COLUMNS})
+    assert titles(html, "paper") == ["SAE", "hook", "L0", "KL (nats)", "loss recovered (zero)"]
+    numbers = ["16 [15.5, 16.5]", "0.5 [0.49, 0.51]", "0.9 [0.89, 0.91]"]
+    assert cells(html, "paper") == [[name, "1.resid_pre", *numbers] for name in ("early", "late")]
+    note = " ".join(below(html, "paper").split("</p>")[0].split())
+    assert "From <code>results/paper/saes.parquet</code>, as CSV, Markdown and LaTeX beside it. Brackets are" in note
+
+
+def test_a_long_table_of_flips_shows_the_worst_and_says_how_many_there_are(tmp_path):
+    flips = pl.concat([study_tables.verdicts().flips] * 40)
+    html, _ = page(tmp_path, [row(), *CONTROLS], analyses={"metric_flips": flips})
+    assert len(cells(html, "metric_flips")) == 30
+    assert f"order the other way round, the worst 30 of {len(flips)}</summary>" in html
+
+
+def test_metrics_that_never_disagree_have_a_table_without_rows(tmp_path):
+    html, _ = page(tmp_path, [row(), *CONTROLS], analyses={"metric_flips": study_tables.verdicts().flips.clear()})
+    assert cells(html, "metric_flips") == []
 
 
 def test_what_a_study_names_comes_out_escaped_in_tables_of_analyses(tmp_path):
-    changed = {name: table.with_columns(sae=pl.lit(BAD)) for name, table in ANALYSED.items()}
+    changed = {name: table.with_columns(sae=pl.lit(BAD)) for name, table in ANALYSED.items() if "sae" in table.columns}
     changed["compounding"] = changed["compounding"].with_columns(set=pl.lit(BAD))
     changed["rungs"] = pl.concat([study_tables.rungs(f"{BAD}{i}") for i in range(5)])
-    html, line = page(tmp_path, [row(sae=BAD), *CONTROLS], [saes_row(sae=BAD)], analyses=changed)
+    named = {"metric_flips": "prefers_a", "calibrated": "source", "frontier_fits": "family"}
+    named |= {"frontier_factors": "first"}
+    for name, column in named.items():
+        changed[name] = ANALYSED[name].with_columns(pl.lit(BAD).alias(column))
+    settings = {"paper": paper_of(BAD), "metrics": {"columns": COLUMNS}}
+    html, line = page(tmp_path, [row(sae=BAD), *CONTROLS], [saes_row(sae=BAD)], analyses=changed, **settings)
     assert "<script" not in html
     assert html.count("&lt;script&gt;") > 20
     assert BAD in line  # a line of text has nothing to escape
@@ -293,7 +348,7 @@ def test_a_study_of_ablations_alone_has_a_page(tmp_path):
 
 def test_the_page_names_the_versions_that_the_results_were_made_with(tmp_path):
     """Not those that are installed when the page is written."""
-    html, _ = page(tmp_path, [row(), *CONTROLS])
+    html, _ = page(tmp_path, [row(), *CONTROLS], paper=paper_of("early"), metrics={"columns": COLUMNS})
     assert "Results were made with torch 1.2.3." in html
 
 

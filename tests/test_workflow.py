@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT
 
 TINY, STUDY = "tests/configs/tiny.yaml", "tests/configs/study.yaml"
-AFTERWARDS = {"checks": 1, "summary": 1, "figures": 6, "report": 1, "all": 1}
+AFTERWARDS = {"checks": 1, "summary": 1, "analyses": 4, "figures": 7, "paper": 1, "report": 1, "all": 1}
 
 
 def snakemake(project: Path, *arguments: str, config: str = TINY) -> subprocess.CompletedProcess:
@@ -37,7 +37,7 @@ def wanted(project: Path, *arguments: str, config: str = TINY) -> dict[str, int]
 
 
 def copy_project(target: Path, source: Path = ROOT) -> Path:
-    for name in ("pipeline", "workflow", "profiles", "tests/configs"):
+    for name in ("pipeline", "workflow", "profiles", "calibrations", "tests/configs"):
         shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "config.yaml"):
         shutil.copy(source / name, target / name)

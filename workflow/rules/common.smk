@@ -6,17 +6,20 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-sys.path.insert(0, str(workflow.current_basedir.join("../..")))
+# Of this workflow, also where another one includes it as a module.
+ROOT = Path(str(workflow.current_basedir.join("../.."))).resolve()
+sys.path.insert(0, str(ROOT))
 
 from pipeline import config as configuration
-from pipeline import store
+from pipeline import estimate, store
 from pipeline.jobs import BATCHES, PATTERNS
 from pipeline.plan import Plan
 
-# Snakemake merges a configuration of one's own into config.yaml, whose series are of the SAEs there.
+# Snakemake merges what is given into config.yaml. A study of one's own, with models or SAEs, takes nothing from the demo's;
+# single settings (`--config seed=1`) change the demo.
 given = workflow.config_settings.overwrite_config
-if "saes" in given and "series" not in given:
-    config.pop("series", None)
+if "models" in given or "saes" in given:
+    config = given
 try:
     PLAN = Plan(configuration.load(config))
 except ValueError as error:
@@ -25,9 +28,7 @@ REPORT = Path(PATTERNS["report"])
 HEADLINE = REPORT.with_name("headline.txt")
 
 # Jobs find the package and the Python of this environment, whatever the working directory and whether it was activated.
-bin, root = (
-    shlex.quote(str(path)) for path in (Path(sys.executable).parent, Path(workflow.basedir))
-)
+bin, root = (shlex.quote(str(path)) for path in (Path(sys.executable).parent, ROOT))
 shell.prefix(
     "set -euo pipefail; export PATH=%s:$PATH PYTHONPATH=%s:${{PYTHONPATH:-}}; " % (bin, root)
 )
