@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 
 from pipeline import batches, decoder, models, store
+from pipeline.progress import tracked
 from pipeline.stage import Call, log, run_batch
 
 AXES = {"activation": "seq pos d", "stream": "seq pos d_model"}
@@ -36,7 +37,8 @@ def work(calls: list[Call]) -> None:
         done = min(each.done for each in files)  # a multiple of the micro-batch, so that all rounds as in one go
         if done:
             log.info("going on at sequence %d of %d", done, stop - start)
-        for first, last in batches.ranges(start + done, stop):
+        ranges = list(batches.ranges(start + done, stop))
+        for first, last in tracked(ranges, [(last - first) * tokens.shape[1] for first, last in ranges]):
             for each, values in zip(files, read(first, last), strict=True):
                 for name, value in values.items():
                     each.file[name][first - start : last - start] = value[: last - first].cpu().numpy()

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from pipeline import batches, decoder, engine, models, store
+from pipeline.progress import tracked
 from pipeline.stage import Call, log, run
 
 AXES = {"final": "seq pos d_model", "ce": "seq pos", "entropy": "seq pos", "top1": "seq pos"}
@@ -26,7 +27,8 @@ def work(call: Call) -> None:
         with store.new_arrays(
             call.output, call.fingerprint, AXES, shapes, **call.key, first=start, unit="nats"
         ) as file:
-            for first, last in batches.ranges(start, stop):
+            ranges = list(batches.ranges(start, stop))
+            for first, last in tracked(ranges, [(last - first) * tokens["token"].shape[1] for first, last in ranges]):
                 batch = batches.filled(torch.from_numpy(tokens["token"][first:last]).to(call.device).long())
                 values = engine.clean_values(model, batch, call.budget)
                 for name, value in values.items():

@@ -17,6 +17,7 @@ import torch
 
 from pipeline import batches, decoder, engine, interventions, models, sets, store, tables
 from pipeline.hooks import Geometry, Hook
+from pipeline.progress import tracked
 from pipeline.registry import unknown
 from pipeline.sources import root
 from pipeline.stage import Call, log, run
@@ -187,8 +188,9 @@ def measure(study: Study, spool: store.Spool) -> None:
     last, places, done = Hook(study.model.weights.layers - 1, "hook_resid_post"), study.places, spool.done
     ends = np.cumsum([stop - start for start, stop in places], dtype=int)
     pending = [(place, int(end)) for place, end in zip(places, ends, strict=True) if end > done]
-    fetched = batches.ahead(study.fetch, [place for place, _ in pending])
-    for number, ((place, end), found) in enumerate(zip(pending, fetched, strict=True), 1):
+    fetched = zip(pending, batches.ahead(study.fetch, [place for place, _ in pending]), strict=True)
+    length = study.files["tokens"]["token"].shape[1]
+    for (place, end), found in tracked(fetched, [(place[1] - place[0]) * length for place, _ in pending]):
         shared = study.shared(found, place[1] - place[0])
         batch = replace(shared.batch, kept=torch.zeros_like(shared.batch.kept))
         site = engine.Site(last, batch.final, None)
@@ -196,8 +198,6 @@ def measure(study: Study, spool: store.Spool) -> None:
         values = substitution.effects(batch, ((site, run.final(study.model)) for run in runs))
         stacked = np.stack([values[name].float().cpu().numpy() for name in VALUES])
         spool.put(end - batch.count, stacked[:, :, : batch.count])
-        if number % 4 == 0:
-            log.info("%d of %d sequences", end, len(study.sequences))
 
 
 def write(study: Study, spool: store.Spool) -> None:

@@ -20,8 +20,9 @@ import torch
 from pipeline import batches, decoder, engine, interventions, models, store, tables
 from pipeline.hooks import Hook
 from pipeline.labels import ARGUMENTS, OF_AN_SAE
+from pipeline.progress import tracked
 from pipeline.sources import Run, Sources, is_random
-from pipeline.stage import Call, log, run_batch
+from pipeline.stage import Call, run_batch
 from pipeline.types import Acts
 
 AXES = {
@@ -127,14 +128,13 @@ def measure(
     def read(place: Place) -> "_Read":
         return _Read.of(items, tokens, clean, start, place)
 
-    for count, found in enumerate(batches.ahead(read, places, 1 if call.device == "cpu" else 4), 1):
+    found_ahead = batches.ahead(read, places, 1 if call.device == "cpu" else 4)
+    for found in tracked(found_ahead, [(place.last - place.first) * tokens["token"].shape[1] for place in places]):
         place = found.place
         pending = [item for item in items if done[item.call.output] < place.row + place.last - place.first]
         measured = _one_position if "positions" in call.settings else _every_token
         for item, values in measured(pending, substitution, found):
             item.spool.put(place.row, values[:, :, : place.last - place.first])
-        if count % 16 == 0:
-            log.info("%d of %d micro-batches", count, len(places))
 
 
 def _every_token(

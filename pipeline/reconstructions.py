@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline import batches, moments, saes, store
+from pipeline.progress import tracked
 from pipeline.stage import Call, log, run_batch
 from pipeline.types import Acts
 
@@ -76,7 +77,8 @@ def make(call: Call) -> None:
         dense = dense_features(sae, call)
         axes = AXES | BIAS_AXES[sae.scales_each_token]
         with store.new_arrays(call.output, call.fingerprint, axes, shapes, **attributes) as file:
-            for start, stop in batches.ranges(0, len(x_in)):
+            ranges = list(batches.ranges(0, len(x_in)))
+            for start, stop in tracked(ranges, [(stop - start) * x_in.shape[1] for start, stop in ranges]):
                 x = batches.filled(torch.from_numpy(x_out[start:stop]).to(call.device))
                 read_x = batches.filled(torch.from_numpy(x_in[start:stop]).to(call.device))
                 made = sae(read_x)

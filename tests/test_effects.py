@@ -324,8 +324,10 @@ def wide_x_new(made, sae, label, draw):
         "linear_error": lambda: fitted("weight"),
         "simple_error": lambda: fitted("slope"),
     }
+    made_from = {name: lambda of=of: torch.from_numpy(of().astype(np.float64)) for name, of in given.items()}
+    half = x.shape[-1] // 2  # the model has two heads
     return interventions.x_new(
-        label, {name: lambda of=of: torch.from_numpy(of().astype(np.float64)) for name, of in given.items()}
+        label, made_from | {"head": lambda: torch.arange(2 * half) // half == labels.parsed(label)[1]}
     )
 
 

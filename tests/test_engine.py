@@ -84,7 +84,7 @@ def replacements(x, x_hat, kept) -> dict[str, torch.Tensor]:
     e, width, found = x_hat - x, torch.arange(x.shape[-1], device=x.device) / x.shape[-1], {}
     given = {"x": x, "x_hat": x_hat, "mean": x[~kept].mean(0), "bias": x.roll(2, 1) / 10, "alpha": 0.5, "cosine": 0.8}
     given |= {"other": x.roll(1, 1), "another": x.roll(2, 1), "other_error": e.roll(1, 1)}
-    given |= {"linear_error": e * width, "simple_error": e * width / 2}
+    given |= {"linear_error": e * width, "simple_error": e * width / 2, "head": width < 0.5}
     for name, function in INTERVENTIONS.items():
         noise = {
             "noise": standard(name),

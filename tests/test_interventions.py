@@ -44,6 +44,7 @@ def cases(draw) -> dict[str, torch.Tensor]:
     given = {name: torch.randn(seq, pos, d, generator=generator, dtype=torch.float64) for name in PER_TOKEN}
     given |= {"x": scale * given["x"], "x_hat": scale * (given["x"] + error * given["x_hat"])}
     given["mean"] = scale * torch.randn(d, generator=generator, dtype=torch.float64)
+    given["head"] = torch.arange(d) < d // 2
     return given | {"alpha": draw(st.floats(-2, 2)), "cosine": draw(st.floats(-1, 1))}
 
 
@@ -199,7 +200,7 @@ def test_these_write_what_they_are_given(name, source, case):
 def test_vectors_without_length_give_finite_numbers(name):
     zeros = torch.zeros(1, 2, 4)
     case = dict.fromkeys(PER_TOKEN, zeros) | {"noise": torch.randn(1, 2, 4), "mean": torch.ones(4)}
-    case |= {"alpha": 0.5, "cosine": 0.5}
+    case |= {"alpha": 0.5, "cosine": 0.5, "head": torch.arange(4) < 2}
     assert torch.isfinite(apply(name, case)).all()
     assert torch.isfinite(apply(name, case | {"x": torch.ones(1, 2, 4)})).all()
 

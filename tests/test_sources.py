@@ -20,7 +20,7 @@ from pipeline.labels import label
 from pipeline.sources import Sources, is_random, root
 
 SEQUENCES, POSITIONS, D = 3 * BATCH + 3, 6, 4
-STRENGTH = {"alpha": 0.5, "cosine": 0.8}
+STRENGTH = {"alpha": 0.5, "cosine": 0.8, "head": 1}
 LABELS = [
     label(name, next((STRENGTH[each] for each in interventions.arguments(name) if each in STRENGTH), None))
     for name in INTERVENTIONS
@@ -61,7 +61,7 @@ def opened(folder):
             paths = {role: folder / f"{role}.{first}.h5" for role in ("activations", "reconstructions")}
             paths |= {role: folder / f"{role}.h5" for role in ("moments", "errors")} | others
             files = {role: stack.enter_context(store.arrays(path, {})) for role, path in paths.items()}
-            return Sources(files, seed)
+            return Sources(files, seed, heads=2)
 
         yield opened
 

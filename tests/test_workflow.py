@@ -17,7 +17,14 @@ import yaml
 from conftest import ROOT
 
 TINY, STUDY = "tests/configs/tiny.yaml", "tests/configs/study.yaml"
+# What is made again after the effects of an SAE. Analyses: the metrics, and the ranks, agreements and flips by them;
+# calibrations are fitted again only where the bootstrap is another.
 AFTERWARDS = {"checks": 1, "summary": 1, "analyses": 4, "figures": 7, "paper": 1, "report": 1, "all": 1}
+RESAMPLED = AFTERWARDS | {"analyses": 5}
+# After an experiment that does not run `sae`, of which there are no metrics.
+UNMEASURED = {rule: count for rule, count in AFTERWARDS.items() if rule != "analyses"}
+# Of three SAEs there are verdicts too.
+OF_THREE = AFTERWARDS | {"figures": 8}
 
 
 def snakemake(project: Path, *arguments: str, config: str = TINY) -> subprocess.CompletedProcess:
@@ -112,7 +119,8 @@ def test_the_run_ends_with_a_report_and_says_where_it_is(finished):
     page = (finished / "results/report.html").read_text()
     headline = (finished / "results/headline.txt").read_text().strip()
     assert "KL ratio" in headline
-    for name in ("kl_by_layer", "loss_by_layer", "plane", "kl_histograms", "loss_histograms", "kl_by_position"):
+    general = ["kl_by_layer", "loss_by_layer", "plane", "kl_histograms", "loss_histograms", "kl_by_position"]
+    for name in (*general, "effective_compute"):
         assert f'id="{name}"' in page
         for ending in (".svg", ".png", ".parquet"):
             assert (finished / f"results/figures/{name}{ending}").stat().st_size > 1000
@@ -121,6 +129,19 @@ def test_the_run_ends_with_a_report_and_says_where_it_is(finished):
     assert summary.height == (3 * 2 + 3 * 2) * 2
     assert (summary.filter(pl.col("intervention") == "identity")["kl_mean"] == 0).all()
     assert (summary.filter(pl.col("intervention") == "sae")["kl_mean"] > 0.001).all()
+
+
+def test_the_table_of_a_paper_says_what_the_summary_and_the_metrics_say(finished):
+    table = pl.read_parquet(finished / "results/paper/saes.parquet")
+    assert table["sae"].to_list() == ["resid", "transcoder"]
+    of_saes = pl.read_parquet(finished / "results/summary/saes.parquet")
+    effects = pl.read_parquet(finished / "results/summary/effects.parquet")
+    effects = effects.filter(pl.col("intervention") == "sae", pl.col("tokens") == "ordinary")
+    for sae, l0, lost, divergence in table.select("sae", "l0", "nats_lost", "kl").rows():
+        assert l0 == of_saes.filter(sae=sae)["l0_mean"].item()
+        assert (lost, divergence) == pytest.approx(effects.filter(sae=sae).select("delta_ce_mean", "kl_mean").row(0))
+    for ending in ("csv", "md", "tex"):
+        assert "transcoder" in (finished / f"results/paper/saes.{ending}").read_text()
 
 
 def test_a_second_run_does_nothing(finished):
@@ -132,7 +153,7 @@ def test_a_second_run_does_nothing_when_snakemake_has_lost_its_notes(finished):
     notes.rename(finished / "elsewhere")
     try:
         assert wanted(finished) == {}
-        assert wanted(finished, config=with_config(finished, seed=lambda _: 1)) == {"effects": 1, **AFTERWARDS}
+        assert wanted(finished, config=with_config(finished, seed=lambda _: 1)) == {"effects": 1, **RESAMPLED}
     finally:
         shutil.rmtree(notes)
         (finished / "elsewhere").rename(notes)
@@ -143,7 +164,7 @@ NEW = {"id": "new", "path": "demo/saes/resid3-l1-2"}
 
 def test_a_new_sae_adds_its_own_reconstructions_and_effects_and_nothing_else(finished):
     config = with_config(finished, saes=lambda saes: [NEW, *saes])
-    assert wanted(finished, config=config) == {"reconstructions": 1, "effects": 1, **AFTERWARDS}
+    assert wanted(finished, config=config) == {"reconstructions": 1, "effects": 1, **OF_THREE}
 
 
 def test_when_a_new_sae_is_run_no_other_item_is_touched(finished, tmp_path):
@@ -157,13 +178,40 @@ def test_when_a_new_sae_is_run_no_other_item_is_touched(finished, tmp_path):
     assert {path.rpartition(".")[0] for path in after.keys() - before.keys()} == new
     for stage, place in (("reconstructions", "demo"), ("effects", "main/demo")):
         assert "1 of 3 items to make" in log(project, f"{stage}/{place}/heldout/0-of-1/0")
-    assert wanted(project, config=config) == AFTERWARDS
+    assert wanted(project, config=config) == OF_THREE
 
 
 def test_a_new_experiment_adds_its_own_effects_and_nothing_else(finished):
     new = {"id": "new", "interventions": ["identity", "sae_norm"]}
     config = with_config(finished, experiments=lambda experiments: [*experiments, new])
-    assert wanted(finished, config=config) == {"effects": 1, **AFTERWARDS}
+    assert wanted(finished, config=config) == {"effects": 1, **UNMEASURED}
+
+
+def test_an_atlas_adds_its_own_ablations_and_nothing_else(finished):
+    config = with_config(finished, atlas=lambda _: {"components": ["attn_out", "z"], "layers": [1]})
+    own = {"activations": 1, "moments": 2, "ablations": 1, "checks": 1, "analyses": 1, "figures": 2}
+    assert wanted(finished, config=config) == {**own, "report": 1, "all": 1}
+
+
+def test_families_add_their_frontiers_and_nothing_else(finished):
+    families = [{"id": "one", "saes": ["resid"]}, {"id": "two", "saes": ["transcoder"]}]
+    config = with_config(finished, metrics=lambda _: {"families": families})
+    assert wanted(finished, config=config) == {"analyses": 3, "figures": 1, "report": 1, "all": 1}
+
+
+def test_other_calibrations_run_no_model(finished):
+    config = with_config(finished, metrics=lambda _: {"calibrations": ["kaplan"]})
+    # All analyses that there are; of the figures, that of effective compute.
+    assert wanted(finished, config=config) == {"analyses": 5, "paper": 1, "figures": 1, "report": 1, "all": 1}
+
+
+def test_a_configuration_without_models_or_saes_changes_the_demo_and_another_takes_nothing_from_it(finished):
+    config, of_the_demo = "tests/configs/changed.yaml", {"compounds", "curvatures"}
+    (finished / config).write_text("seed: 1\n")
+    assert of_the_demo <= set(wanted(finished, config=config))
+    every = wanted(finished, "--forceall")
+    assert not of_the_demo & set(every)
+    assert (every["analyses"], every["figures"], every["paper"], every["checks"]) == (5, 7, 1, 1)
 
 
 def test_a_removed_sae_only_makes_the_summaries_again(finished):
@@ -213,7 +261,7 @@ def test_a_changed_metric_leaves_activations_and_reconstructions_alone(finished)
 
 
 def test_a_changed_seed_reruns_what_is_random(finished):
-    assert wanted(finished, config=with_config(finished, seed=lambda _: 7)) == {"effects": 1, **AFTERWARDS}
+    assert wanted(finished, config=with_config(finished, seed=lambda _: 7)) == {"effects": 1, **RESAMPLED}
 
 
 def test_new_weights_under_the_same_path_rerun_everything_of_that_sae(finished, tmp_path):
@@ -294,7 +342,7 @@ def test_lost_activations_are_left_alone_by_a_new_experiment_at_another_hook(fin
     damaged(project, "activations", "missing")
     new = {"id": "new", "interventions": ["sae_norm"], "saes": ["transcoder"]}
     config = with_config(project, experiments=lambda experiments: [*experiments, new])
-    assert wanted(project, config=config) == {"effects": 1, **AFTERWARDS}
+    assert wanted(project, config=config) == {"effects": 1, **UNMEASURED}
 
 
 def test_files_that_were_touched_rerun_nothing(finished, tmp_path):
@@ -464,7 +512,7 @@ def test_a_wrong_configuration_is_told_before_anything_runs(finished):
 def test_rules_and_stages_and_patterns_have_the_same_names():
     from pipeline.jobs import BATCHES, PATTERNS
 
-    rules = {path.stem for path in (ROOT / "workflow/rules").glob("*.smk")} - {"common"}
+    rules = {path.stem for path in (ROOT / "workflow/rules").glob("*.smk")} - {"common", "plan"}  # these make no file
     assert rules == set(PATTERNS)
     for name in rules:
         text = (ROOT / f"workflow/rules/{name}.smk").read_text()
@@ -499,10 +547,11 @@ def planned(project: Path, config: str, monkeypatch) -> dict[str, str]:
 def test_a_study_ends_with_every_table_and_figure_that_was_planned(studied, monkeypatch):
     files = planned(studied, STUDY, monkeypatch)
     assert [path for path in files if not (studied / path).exists()] == []
-    assert set(files.values()) == {path.stem for path in (ROOT / "workflow/rules").glob("*.smk")} - {"common", "all"}
+    assert set(files.values()) == {path.stem for path in (ROOT / "workflow/rules").glob("*.smk")} - {"common", "plan"}
     page = (studied / "results/report.html").read_text()
     names = [Path(path).stem for path, stage in files.items() if stage == "figures"]
-    assert len(names) == len(list((ROOT / "workflow/report").glob("*.rst")))
+    captions = {path.stem for path in (ROOT / "workflow/report").glob("*.rst")}
+    assert set(names) == captions - {"metric_verdicts"}  # of three SAEs in one experiment
     for name in names:
         assert f'id="{name}"' in page
         for ending in (".svg", ".png"):
@@ -535,6 +584,26 @@ def test_the_tables_of_a_study_are_of_what_was_asked_for(studied):
     summary = table("effects")
     assert set(summary["experiment"]) == {"main", "special"}
     assert summary.filter(pl.col("intervention") == "identity")["kl_mean"].max() == 0
+
+
+def test_the_tables_of_metrics_and_of_the_atlas_are_of_what_was_asked_for(studied):
+    def table(name: str) -> pl.DataFrame:
+        return pl.read_parquet(studied / f"results/summary/{name}.parquet")
+
+    atlas = table("atlas")
+    places = [(layer, component) for layer in (0, 5) for component in ("attn_out", "z")]
+    expected = {(*place, name) for place in places for name in ("zero", "mean", "resample")}
+    assert set(atlas.select("layer", "component", "intervention").rows()) == expected
+    assert set(atlas.filter(component="z")["head"]) == {0, 1, 2, 3}
+    assert atlas.filter(component="attn_out")["head"].null_count() == 2 * 3
+    assert set(atlas["n_tokens"]) == set(table("compounding")["n_tokens"])  # one micro-batch
+    metrics = table("metrics")
+    assert set(metrics["experiment"]) == {"main"}
+    assert set(metrics.filter(metric="effective_compute")["baseline"]) == {"Kaplan 2020", "Chinchilla"}
+    assert table("calibrated")["name"].to_list() == ["Kaplan 2020", "Chinchilla"]
+    assert table("frontier_points").select("family", "sae").rows() == [("one", "resid"), ("two", "transcoder")]
+    paper = pl.read_parquet(studied / "results/paper/saes.parquet")
+    assert paper.columns[-9::3] == ["l0", "kl", "effective_compute[Kaplan 2020]"]
 
 
 def test_a_second_run_of_a_study_does_nothing(studied):
@@ -577,15 +646,15 @@ def rows_of(project: Path, stage: str) -> dict[str, pl.DataFrame]:
 
 
 def test_two_shards_of_a_study_give_the_same_numbers_per_token_as_one(studied, tmp_path):
-    """Compounds too, of which the second shard has no context."""
+    """Compounds and the atlas too, of which the second shard has no context."""
     project = copy_project(tmp_path / "sharded", studied)
     for name in ("tokens", "weights"):
         shutil.copytree(studied / "results" / name, project / "results" / name)
-    config = with_config(
-        project, STUDY, shards=lambda _: 2, experiments=lambda experiments: experiments[1:], series=lambda _: []
-    )
+    changes = {"experiments": lambda experiments: experiments[1:], "series": lambda _: [], "metrics": lambda _: {}}
+    config = with_config(project, STUDY, shards=lambda _: 2, **changes)
     ran(project, "--until", "effects", "ablations", "compounds", config=config)
-    kinds = {"effects": ["draws", "single", "special"], "ablations": ["single", "special"], "compounds": ["compound"]}
+    kinds = {"effects": ["draws", "single", "special"], "ablations": ["atlas", "single", "special"]}
+    kinds |= {"compounds": ["compound"]}
     for stage, experiments in kinds.items():
         whole, sharded = rows_of(studied, stage), rows_of(project, stage)
         assert sorted({path.split("/")[2] for path in sharded}) == experiments
@@ -608,3 +677,21 @@ def test_an_ablation_only_configuration_runs(tmp_path):
     table = pl.read_parquet(project / "results/summary/effects.parquet")
     assert set(table["intervention"]) == {"identity", "zero"}  # the control is always run
     assert np.isfinite(table["kl_mean"].to_numpy()).all()
+
+
+def test_an_atlas_without_any_sae_ends_with_a_report(tmp_path):
+    project = copy_project(tmp_path / "atlas")
+    config = with_config(
+        project,
+        saes=lambda _: [],
+        corpora=lambda corpora: [corpora[0] | {"contexts": 8}],
+        experiments=lambda _: [],
+        atlas=lambda _: {"components": ["mlp_out", "z"], "layers": [0], "interventions": ["zero"]},
+    )
+    ran(project, config=config)
+    table = pl.read_parquet(project / "results/summary/atlas.parquet")
+    assert table.select("component", "head").rows() == [("mlp_out", None), *(("z", head) for head in range(4))]
+    assert np.isfinite(table["kl_mean"].to_numpy()).all()
+    page = (project / "results/report.html").read_text()
+    assert all(f'id="{name}"' in page for name in ("atlas_by_layer", "atlas_heads", "atlas"))
+    assert wanted(project, config=config) == {}
