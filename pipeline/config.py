@@ -10,50 +10,14 @@ from types import MappingProxyType
 import yaml
 from jsonschema import Draft202012Validator, validators
 
+from pipeline import inputs
 from pipeline.experiments import atlas, experiment
-from pipeline.hooks import READ_SITES, WRITE_SITES, Geometry, Hook, parse_hook, read_geometry, read_json
 from pipeline.measures import Measures, measures
 from pipeline.registry import unknown
 
 SCHEMA = Path(__file__).parent.parent / "workflow" / "schemas" / "config.schema.yaml"
 # Sequences of a micro-batch, the least that a shard can hold; `batches` has the same number, and needs torch.
 BATCH = 8
-CORPUS_KINDS = (".txt", ".jsonl", ".parquet", ".npy")
-# sae_lens applies these inside the forward pass. The others need a dataset statistic that the file does not hold,
-# and sae_lens silently leaves them out.
-HONOURED_NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
-
-
-@dataclass(frozen=True)
-class Model:
-    id: str
-    path: Path
-    processing: MappingProxyType
-    geometry: Geometry
-
-
-@dataclass(frozen=True)
-class Corpus:
-    id: str
-    path: Path
-    column: str
-    context: int
-    contexts: int | None
-    prepend_bos: bool
-
-
-@dataclass(frozen=True)
-class Sae:
-    """An SAE or transcoder: it reads the activation at `read` and predicts the one at `write` (the same for an SAE)."""
-
-    id: str
-    path: Path
-    model: str
-    architecture: str
-    read: Hook
-    write: Hook
-    d_in: int
-    d_sae: int
 
 
 @dataclass(frozen=True)
@@ -85,9 +49,10 @@ class Study:
 def load(config: dict) -> Study:
     """Check a configuration and resolve it. ValueError says what was found, what was expected and what to do."""
     config = validate(config)
-    models = _by_id("models", [_model(entry) for entry in config["models"]])
-    corpora = _by_id("corpora", [_corpus(entry, models) for entry in config["corpora"]])
-    saes = _by_id("saes", [_sae(entry, models) for entry in config["saes"]])
+    models = _by_id("models", [inputs.model(entry) for entry in config["models"]])
+    saes = _by_id("saes", inputs.saes_of(config["saes"], models))
+    models = _by_id("models", [inputs.processed(each, saes.values()) for each in models.values()])
+    corpora = _by_id("corpora", [inputs.corpus(entry, models, saes.values()) for entry in config["corpora"]])
     experiments = [experiment(entry, saes, corpora) for entry in config["experiments"]]
     if "atlas" in config:
         experiments.append(atlas(config["atlas"], models, corpora))
@@ -162,6 +127,14 @@ def _explain(error) -> str:
     if error.validator == "required":
         missing = [key for key in error.validator_value if key not in found]
         return f"{place}: the key {', '.join(map(repr, missing))} is missing."
+    if error.validator == "oneOf" and all("required" in part for part in error.validator_value):
+        keys = " or ".join(f"'{key}'" for part in error.validator_value for key in part["required"])
+        given = [key for part in error.validator_value for key in part["required"] if key in found]
+        return f"{place}: the key {keys} is missing." if not given else f"{place}: give {keys}, not both."
+    if error.validator == "dependentRequired":
+        return f"{place}: {error.message.replace(' is a dependency of ', ' must be given beside ')}."
+    if error.validator == "pattern" and "name of" in error.schema.get("description", ""):
+        return f"{place}: {found!r} is no {error.schema['description']}"
     if error.validator == "pattern":
         allowed = "letters, digits, and single '.', '_', '+' or '-' between them"
         return f"{place}: {found!r} can't be a name, because it becomes part of file names. Use {allowed}."
@@ -180,118 +153,6 @@ def _by_id(kind: str, entries: list) -> MappingProxyType:
             )
         seen[entry.id] = entry
     return MappingProxyType(seen)
-
-
-def _existing(path: str, what: str) -> Path:
-    if not Path(path).exists():
-        raise ValueError(
-            f"{what}: '{path}' does not exist (looked from {Path.cwd()}). Correct `path`, or "
-            "run in the folder it starts from."
-        )
-    return Path(path)
-
-
-def _model(entry: dict) -> Model:
-    what = f"Model '{entry['id']}'"
-    folder = _existing(entry["path"], what)
-    if not folder.is_dir():
-        raise ValueError(f"{what}: '{folder}' is a file, expected the Hugging Face folder it is in.")
-    for pattern in ("config.json", "*.safetensors", "tokenizer.json"):
-        if not any(folder.glob(pattern)):
-            raise ValueError(
-                f"{what}: '{folder}' holds no {pattern}. Expected a Hugging Face folder with safetensors weights."
-            )
-    return Model(entry["id"], folder, MappingProxyType(entry["processing"]), read_geometry(folder))
-
-
-def _corpus(entry: dict, models: MappingProxyType) -> Corpus:
-    what = f"Corpus '{entry['id']}'"
-    path = _existing(entry["path"], what)
-    if path.is_dir():
-        raise ValueError(f"{what}: '{path}' is a folder, expected a file: {', '.join(CORPUS_KINDS)}.")
-    if path.suffix not in CORPUS_KINDS:
-        raise ValueError(f"{what}: '{path}' ends in '{path.suffix}'. Known kinds of file: {', '.join(CORPUS_KINDS)}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{what}: '{path}' is empty. It must hold at least one context of text.")
-    for model in models.values():
-        if entry["context"] > model.geometry.n_ctx:
-            raise ValueError(
-                f"{what}: contexts of {entry['context']} tokens, but model '{model.id}' has "
-                f"positions for {model.geometry.n_ctx}. Lower `context`."
-            )
-    return Corpus(entry["id"], path, entry["column"], entry["context"], entry.get("contexts"), entry["prepend_bos"])
-
-
-def _sae(entry: dict, models: MappingProxyType) -> Sae:
-    what = f"SAE '{entry['id']}'"
-    folder = _existing(entry["path"], what)
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (folder / name).exists():
-            raise ValueError(f"{what}: '{folder}' holds no {name}. Expected a folder that sae_lens has saved.")
-    if "model" not in entry and len(models) > 1:
-        raise ValueError(f"{what}: there are {len(models)} models, so say which one with `model`: {', '.join(models)}.")
-    model_id = entry.get("model", next(iter(models)))
-    if model_id not in models:
-        raise ValueError(f"{what}: " + unknown("model", model_id, models))
-    return _described(entry["id"], folder, models[model_id])
-
-
-def _described(name: str, folder: Path, model: Model) -> Sae:
-    """The SAE that a cfg.json of sae_lens describes, checked against the model it is used on."""
-    what = f"SAE '{name}' ({folder / 'cfg.json'})"
-    settings = read_json(folder / "cfg.json")
-    missing = [key for key in ("architecture", "d_in", "d_sae") if key not in settings]
-    if missing:
-        raise ValueError(
-            f"{what} has no {', '.join(map(repr, missing))}. Expected what sae_lens writes; save the SAE again."
-        )
-    metadata = settings.get("metadata") or {}
-    if not metadata.get("hook_name"):
-        raise ValueError(f"{what} has no metadata.hook_name. Load the SAE with sae_lens 6 and save it again.")
-    transcoder = "transcoder" in settings["architecture"]
-    hooks = {
-        "read": metadata.get("hook_name"),
-        "write": metadata.get("hook_name_out") if transcoder else metadata.get("hook_name"),
-    }
-    for role, sites in (("read", READ_SITES), ("write", WRITE_SITES)):
-        try:
-            hooks[role] = parse_hook(hooks[role], model.geometry.n_layers, sites)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
-        width, key = hooks[role].width(model.geometry), "d_out" if transcoder and role == "write" else "d_in"
-        if settings.get(key) != width:
-            raise ValueError(
-                f"{what}: {key} is {settings.get(key)}, but '{hooks[role].name}' of model "
-                f"'{model.id}' is {width} wide. Was it trained on another model?"
-            )
-    mode = settings.get("normalize_activations", "none")
-    # sae_lens scales a transcoder's input, but does not undo it: the output lives elsewhere.
-    if mode not in (("none",) if transcoder else HONOURED_NORMALISATIONS):
-        raise ValueError(
-            f"{what}: normalize_activations '{mode}' can't be honoured. Fold it into the "
-            "weights with sae_lens and save again."
-        )
-    _check_processing(what, metadata.get("model_from_pretrained_kwargs") or {}, model)
-    return Sae(
-        name,
-        folder,
-        model.id,
-        settings["architecture"],
-        hooks["read"],
-        hooks["write"],
-        settings["d_in"],
-        settings["d_sae"],
-    )
-
-
-def _check_processing(what: str, trained_with: dict, model: Model) -> None:
-    for key, value in trained_with.items():
-        if key in model.processing and model.processing[key] != value:
-            raise ValueError(
-                f"{what}: trained with {key} = {value}, but model '{model.id}' is loaded with "
-                f"{key} = {model.processing[key]}. "
-                f"Set models: processing: {{{key}: {str(value).lower()}}}."
-            )
 
 
 def _series(entry: dict, saes: MappingProxyType) -> Series:

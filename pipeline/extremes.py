@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import polars as pl
 
-from pipeline import store
+from pipeline import hub, store
 from pipeline.stage import Call, log, run_batch
 from pipeline.texts import Texts
 
@@ -41,7 +41,7 @@ def make(call: Call) -> None:
     with store.arrays(call.input("tokens"), AXES) as file:
         kl = substituted(table, file["token"].shape[1])
         tokens = select(kl, settings["count"], settings["chosen"])
-        rows = described(with_values(tokens, table), file, Texts.load(Path(settings["tokenizer"])))
+        rows = described(with_values(tokens, table), file, Texts.load(hub.tokenizer(settings)))
     attributes = attributes_of(call.inputs["effects"])
     store.write_table(call.output, [rows.to_arrow()], call.fingerprint, UNITS, **attributes)
     worst = rows.filter(pl.col("kind") == "worst")["kl_sae"].max()

@@ -15,7 +15,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 # Infrastructure moves bytes and decides nothing about numbers; a change of its file format raises FORMAT instead.
 INFRASTRUCTURE = frozenset(
-    {"config", "experiments", "fingerprint", "jobs", "labels", "outcomes", "plan", "registry", "stage", "store"}
+    {
+        *("config", "experiments", "fingerprint", "hub", "inputs", "jobs", "labels", "outcomes", "plan", "registry"),
+        *("releases", "stage", "store"),
+    }
 )
 FORMAT = 1
 

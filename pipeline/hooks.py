@@ -87,14 +87,17 @@ _GEOMETRY_KEYS = {
 
 def read_geometry(folder: Path) -> Geometry:
     """Sizes of the model in a local Hugging Face folder, from its config.json. ValueError where one is missing."""
-    settings = read_json(folder / "config.json")
+    return geometry(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def geometry(settings: dict, where: str) -> Geometry:
+    """Sizes of a model from what its config.json holds. ValueError where one is missing."""
     sizes = {}
     for size, keys in _GEOMETRY_KEYS.items():
         values = [settings[key] for key in keys if key in settings]
         if not values:
             raise ValueError(
-                f"{folder / 'config.json'} has none of {' / '.join(keys)}: expected a Hugging "
-                "Face decoder's configuration."
+                f"{where} has none of {' / '.join(keys)}: expected a Hugging Face decoder's configuration."
             )
         sizes[size] = values[0]
     d_head = settings.get("head_dim") or sizes["d_model"] // sizes["n_heads"]

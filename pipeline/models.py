@@ -1,14 +1,19 @@
-"""Language models: a local Hugging Face folder -> processed TransformerLens weights, and their file."""
+"""Language models: a Hugging Face folder or a name of the hub -> processed TransformerLens weights, and their file."""
 
 import json
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from pipeline import hub
+from pipeline.hooks import read_json
 
 # Positions for which rotary tables are stored; no SAE that we know was trained on longer contexts.
 CONTEXT = 8192
@@ -26,20 +31,79 @@ class Weights:
         return self.settings["n_layers"]
 
 
-def load_folder(folder: Path, processing: Mapping[str, bool]) -> Weights:
+def load_source(source: Mapping, processing: Mapping[str, bool]) -> Weights:
+    """The model from where a job's settings say: a folder, or a repository at a commit. One that TransformerLens knows
+    by name is loaded by its `from_pretrained`, any other as a folder."""
+    safe = not source.get("allow_pickle", False)
+    if "path" in source:
+        return load_folder(Path(source["path"]), processing, safe)
+    if source["name"].lower() in hub.model_names():
+        return load_name(source, processing, safe)
+    files = ("*.json", "*.safetensors") if safe else ("*.json", "*.safetensors", "*.bin")
+    return load_folder(hub.folder(source["repo"], source["commit"], files), processing, safe)
+
+
+def load_name(source: Mapping, processing: Mapping[str, bool], safe: bool = True) -> Weights:
+    """A model that TransformerLens knows, as `HookedTransformer.from_pretrained` loads it, in float32, at the planned
+    commit, and running no code of the repository. ValueError where a weight is not finite."""
+    from transformer_lens import HookedTransformer
+    from transformers import AutoTokenizer
+
+    repo, commit = source["repo"], source["commit"]
+    what = f"Model '{source['name']}'"
+    hub.check_code(what, repo, read_json(hub.folder(repo, commit, ("config.json",)) / "config.json"))
+    with hub.explained(f"{what}: '{repo}' at {commit}"), _no_pickle_unless(safe, what):
+        # TransformerLens alone would take the tokenizer of the newest commit.
+        tokenizer = AutoTokenizer.from_pretrained(
+            hub.folder(repo, commit, hub.TOKENIZER), add_bos_token=True, trust_remote_code=False
+        )
+        model = HookedTransformer.from_pretrained(
+            source["name"],
+            tokenizer=tokenizer,
+            fold_value_biases=processing["fold_ln"],
+            device="cpu",
+            dtype="float32",
+            revision=commit,
+            use_safetensors=True if safe else None,
+            trust_remote_code=False,
+            **processing,
+        )
+    return checked(Weights(_plain(model.cfg.to_dict()), _parameters(model)), what)
+
+
+@contextmanager
+def _no_pickle_unless(safe: bool, what: str) -> Iterator[None]:
+    """Weights that are pickled are an error that says what to do; without `safe` they are read with `weights_only`."""
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else transformers asks a bot on the hub for another commit
+    hub.refuse_forced_unpickling()
+    try:
+        yield
+    except OSError as error:
+        if safe and "safetensors" in str(error):
+            advice = "Pickled weights are refused unless the configuration says `allow_pickle: true` for this model."
+            raise ValueError(f"{what}: there are no safetensors weights. {advice} ({error})") from None
+        raise
+
+
+def load_folder(folder: Path, processing: Mapping[str, bool], safe: bool = True) -> Weights:
     """The model of a Hugging Face folder as TransformerLens reads it, in float32.
 
     `processing` holds fold_ln, center_writing_weights and center_unembed; value biases are folded with the LayerNorm,
-    as `HookedTransformer.from_pretrained` does. Only safetensors are read, and no code of the folder is run.
-    ValueError where a weight is not finite.
+    as `HookedTransformer.from_pretrained` does. Only safetensors are read where `safe`, and no code of the folder is
+    run. ValueError where a weight is not finite.
     """
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder).resolve()
-    source = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
+    with _no_pickle_unless(safe, str(folder)):
+        source = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True if safe else None,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     fold_ln = processing["fold_ln"]
     # TransformerLens guesses some architectures from the path ("llama", "gemma"): it is shown one that says nothing.
     with tempfile.TemporaryDirectory() as neutral:

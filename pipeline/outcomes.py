@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import fingerprint
-from pipeline.config import Sae
 from pipeline.experiments import Experiment
+from pipeline.inputs import Corpus, Sae
 from pipeline.jobs import Job
 from pipeline.labels import DOSES, LADDER, PAIR, SPECIAL_PURPOSE, TURNS, parsed
 from pipeline.measures import Measures
@@ -187,14 +187,26 @@ def report(plan: "Plan") -> Job:
         "shards": study.shards,
         "precision": dict(study.precision),
         "bootstrap": dict(study.bootstrap),
-        "models": [{"id": m.id, "path": str(m.path), "processing": dict(m.processing)} for m in study.models.values()],
-        "corpora": [vars(c) | {"path": str(c.path)} for c in study.corpora.values()],
-        "saes": [{"id": s.id, "path": str(s.path), "model": s.model} for s in study.saes.values()],
+        "models": [{"id": m.id, **m.source, "processing": dict(m.processing)} for m in study.models.values()],
+        "corpora": [_flat(c) for c in study.corpora.values()],
+        "saes": [_of_sae(s) for s in study.saes.values()],
         "experiments": [vars(e) for e in study.experiments.values()],
         "series": [vars(s) for s in study.series.values()],
         "metrics": _shown(study.metrics),
     }
     return plan.make("report", {}, json.loads(json.dumps(settings)), list(dict.fromkeys(inputs)))
+
+
+def _flat(entry: Corpus) -> dict:
+    """A corpus, for the reader."""
+    return {"id": entry.id, **entry.source} | {k: v for k, v in vars(entry).items() if k not in ("id", "source")}
+
+
+def _of_sae(sae: Sae) -> dict:
+    """An SAE, and how it was trained as far as it says so, for the reader."""
+    trained = {key: value for key, value in sae.trained.items() if value is not None}
+    hooks = {"read": sae.read.name, "write": sae.write.name}
+    return {"id": sae.id, **sae.source, "model": sae.model, **hooks, "trained": trained}
 
 
 def _shown(measures: Measures) -> dict:

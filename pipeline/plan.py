@@ -4,15 +4,16 @@ Pure functions of the configuration, of the content of its files and of the code
 the tests alike. A job is handed to its stage as one JSON string, which is also what Snakemake compares between runs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 from pipeline import fingerprint, outcomes
-from pipeline.config import Sae, Study
+from pipeline.config import Study
 from pipeline.experiments import Experiment, sets_of
 from pipeline.hooks import Hook
+from pipeline.inputs import Sae
 from pipeline.jobs import BATCHES, Batch, Job
 from pipeline.labels import ARGUMENTS, COMPONENTS, OF_A_HEAD, OF_AN_SAE, PAIR, label, parsed
 
@@ -97,19 +98,14 @@ class Plan:
 
     def tokens(self, model: str, corpus: str) -> Job:
         entry = self.study.corpora[corpus]
-        settings = {"path": str(entry.path), "content": self._content(entry.path)} | self._tokenizer(model)
+        settings = self._source(entry.source) | self._tokenizer(model)
         settings |= {name: getattr(entry, name) for name in ("column", "context", "contexts", "prepend_bos")}
-        return self.make(
-            "tokens", {"model": model, "corpus": corpus}, settings, [], [entry.path.suffix.removeprefix(".")]
-        )
+        kind = Path(entry.source.get("path", "")).suffix.removeprefix(".")
+        return self.make("tokens", {"model": model, "corpus": corpus}, settings, [], [kind] if kind else [])
 
     def weights(self, model: str) -> Job:
         entry = self.study.models[model]
-        settings = {
-            "path": str(entry.path),
-            "content": self._content(entry.path),
-            "processing": dict(entry.processing),
-        }
+        settings = self._source(entry.source) | {"processing": dict(entry.processing)}
         return self.make("weights", {"model": model}, settings, [])
 
     def clean(self, model: str, corpus: str, shard: str) -> Job:
@@ -132,7 +128,7 @@ class Plan:
         inputs += [("write", self.activations(sae.model, corpus, sae.write, shard))]
         inputs += [("density", self.activations(sae.model, corpus, sae.read, each)) for each in self.shards]
         inputs += [("tokens", self.tokens(sae.model, corpus))]
-        settings = {"path": str(sae.path), "content": self._content(sae.path), "model": sae.model}
+        settings = self._source(sae.source) | {"model": sae.model}
         settings |= {"read": sae.read.name, "write": sae.write.name}
         return self.make("reconstructions", {"sae": sae.id, "corpus": corpus, "shard": shard}, settings, inputs)
 
@@ -177,8 +173,7 @@ class Plan:
             "interventions": labels,
             "encode": experiment.encode,
             "saes": [
-                {"id": sae.id, "path": str(sae.path), "content": self._content(sae.path)}
-                | {"read": sae.read.name, "write": sae.write.name}
+                {"id": sae.id, "read": sae.read.name, "write": sae.write.name} | self._source(sae.source)
                 for sae in saes
             ],
             "sets": sets,
@@ -262,8 +257,15 @@ class Plan:
         """The sets of SAEs of a model that an experiment runs; none where it has no SAE of that model."""
         return sets_of([sae.id for sae in self._by_layer(experiment, model)], experiment.sets)
 
+    def _source(self, source: Mapping) -> dict:
+        """Where something is loaded from, with a digest of its content; that of a repository is its commit."""
+        return dict(source) | ({"content": self._content(Path(source["path"]))} if "path" in source else {})
+
     def _tokenizer_of(self, model: str) -> dict:
-        folder = self.study.models[model].path
+        source = self.study.models[model].source
+        if "path" not in source:
+            return {"tokenizer": source["repo"], "tokenizer_commit": source["commit"]}
+        folder = Path(source["path"])
         contents = [[file.name, self._content(file)] for file in tokenizer_files(folder)]
         return {"tokenizer": str(folder), "tokenizer_content": contents}
 

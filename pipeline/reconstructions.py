@@ -1,7 +1,5 @@
 """Stage `reconstructions`: an SAE over the stored activations. The only stage that runs an SAE."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -57,7 +55,7 @@ def work(calls: list[Call]) -> None:
 def make(call: Call) -> None:
     """One SAE over its shard."""
     torch.set_num_threads(call.threads)
-    sae = saes.load_folder(Path(call.settings["path"]), call.device)
+    sae = saes.load(call.settings, call.device)
     axes = {"activation": "seq pos d"}
     with store.arrays(call.input("read"), axes) as read, store.arrays(call.input("write"), axes) as write:
         x_in, x_out, first = read["activation"], write["activation"], int(read.attrs["first"])

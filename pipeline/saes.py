@@ -1,11 +1,13 @@
 """Sparse autoencoders and transcoders, as sae_lens runs them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pipeline import hub
 from pipeline.types import Acts
 
 
@@ -60,17 +62,71 @@ class Autoencoder:
         return self.module.cfg.d_sae
 
 
-def load_folder(folder: Path, device: str = "cpu") -> Autoencoder:
-    """An SAE that sae_lens has saved, in float32. ValueError where a weight is not finite.
+def load(source: Mapping, device: str = "cpu") -> Autoencoder:
+    """An SAE from where a job's settings say."""
+    return load_release(source, device) if "release" in source else load_folder(Path(source["path"]), device)
 
-    Heads of `hook_z` come side by side here, so sae_lens's own reshaping is switched off.
-    """
+
+def load_folder(folder: Path, device: str = "cpu") -> Autoencoder:
+    """An SAE that sae_lens has saved, in float32. ValueError where a weight is not finite."""
     from sae_lens import SAE
 
-    module = SAE.load_from_disk(str(folder), device=device, dtype="float32").eval()
+    return _ready(SAE.load_from_disk(str(folder), device=device, dtype="float32"), str(folder))
+
+
+def load_release(source: Mapping, device: str = "cpu") -> Autoencoder:
+    """An SAE of a release, as `SAE.from_pretrained` loads it, in float32. ValueError where a weight is not finite, and
+    where the repository is not at the planned commit any more (sae_lens takes no revision)."""
+    from sae_lens import SAE
+
+    what = f"'{source['sae_id']}' of '{source['release']}'"
+    hub.refuse_forced_unpickling()
+    with hub.explained(what):
+        module = SAE.from_pretrained(source["release"], source["sae_id"], device=device, dtype="float32")
+    found = hub.cached_commit(source["repo"])
+    if found != source["commit"]:
+        raise ValueError(
+            f"{what}: '{source['repo']}' is at commit {found}, but this job was planned with {source['commit']}. "
+            f"Delete what {hub.SOURCES} holds of this release, and run again."
+        )
+    return _ready(module, what)
+
+
+def _ready(module: torch.nn.Module, what: str) -> Autoencoder:
+    """Heads of `hook_z` come side by side here, so sae_lens's own reshaping is switched off."""
+    module = module.eval()
     for name, tensor in module.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder}: the weight '{name}' of this SAE holds values that are not finite.")
+            raise ValueError(f"{what}: the weight '{name}' of this SAE holds values that are not finite.")
     if module.cfg.reshape_activations == "hook_z" or (module.cfg.metadata.hook_name or "").endswith("_z"):
         module.turn_off_forward_pass_hook_z_reshaping()
     return Autoencoder(module)
+
+
+# What planning reads of a configuration.
+SAID = ("architecture", "d_in", "d_out", "d_sae", "normalize_activations", "reshape_activations")
+
+
+def described(release: str, names: list[str]) -> dict:
+    """The configurations of SAEs of a release as sae_lens reads them, and the repository with its commit."""
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor, get_repo_id_and_folder_name
+
+    found = {}
+    for name in names:
+        cfg = _configuration(release, name)
+        if cfg.get("normalize_activations") == "expected_average_only_in" and get_norm_scaling_factor(release, name):
+            cfg["normalize_activations"] = "none"  # `from_pretrained` folds the factor into the weights
+        found[name] = {key: cfg[key] for key in SAID if key in cfg} | {"metadata": cfg.get("metadata") or {}}
+    repo = get_repo_id_and_folder_name(release, names[0])[0]
+    return {"repo": repo, "commit": hub.commit_of(repo), "saes": found}
+
+
+def _configuration(release: str, name: str) -> dict:
+    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+    what = f"SAE '{name}' of '{release}'"
+    try:
+        with hub.explained(what):
+            return load_sae_config_from_huggingface(release, name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{what}: sae_lens can't read its configuration: {error!r}.") from None

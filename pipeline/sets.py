@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -125,4 +124,4 @@ def load(settings: dict, layers: int, device: str) -> list[Compound]:
 
 def _member(given: dict, layers: int, device: str) -> Member:
     read, write = parse_hook(given["read"], layers), parse_hook(given["write"], layers, WRITE_SITES)
-    return Member(given["id"], read, write, saes.load_folder(Path(given["path"]), device))
+    return Member(given["id"], read, write, saes.load(given, device))

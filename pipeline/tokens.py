@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import corpora, store
+from pipeline import corpora, hub, store
 from pipeline.hooks import read_geometry
 from pipeline.stage import Call, log, run
 
@@ -12,11 +12,13 @@ AXES = {"token": "seq pos", "special": "seq pos", "unigram": "v"}
 
 
 def work(call: Call) -> None:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    settings, folder = call.settings, Path(call.settings["tokenizer"])
+    settings, folder = call.settings, hub.tokenizer(call.settings)
     d_vocab = read_geometry(folder).d_vocab
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.bos_token_id is None:
+        tokenizer.bos_token = tokenizer.eos_token  # as TransformerLens does, and so every SAE trained with it
     if tokenizer.bos_token_id is None:
         raise ValueError(f"The tokenizer in '{folder}' has no BOS token. Set `bos_token` in its tokenizer_config.json.")
     tokens = _tokens(settings, tokenizer, d_vocab)

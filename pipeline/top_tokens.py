@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import h5py
 import polars as pl
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from pipeline import batches, decoder, interventions, models, store
+from pipeline import batches, decoder, hub, interventions, models, store
 from pipeline.batches import BATCH
 from pipeline.decoder import Decoder
 from pipeline.hooks import Hook
@@ -98,7 +97,7 @@ def make(item: Item) -> None:
     call, path = item.call, item.call.input("extremes")
     tokens = pl.read_parquet(path).with_row_index("number")
     by_batch = sorted(tokens.rows(named=True), key=lambda row: (row["sequence"] // BATCH, row["number"]))
-    texts, found = Texts.load(Path(call.settings["tokenizer"])), {}
+    texts, found = Texts.load(hub.tokenizer(call.settings)), {}
     for number, rows in groupby(by_batch, key=lambda row: row["sequence"] // BATCH):
         for token, log_p, log_q in predictions(item, BATCH * number, list(rows)):
             _check(item, token, log_p, log_q)

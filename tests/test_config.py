@@ -45,6 +45,11 @@ def second_model(c, folder):
     c["models"].append({"id": "other", "path": model(folder / "other")})
 
 
+def trained(**metadata):
+    """Metadata of an SAE."""
+    return {"hook_name": "blocks.1.hook_resid_pre"} | metadata
+
+
 def transcoder_into_a_narrower_place(c, folder):
     sae(folder / "early", hook="blocks.1.ln2.hook_normalized", hook_out="blocks.1.attn.hook_z")
 
@@ -67,9 +72,9 @@ BAD = {
     ),
     "two mistakes": (
         lambda c, folder: (c.update(shards=0), c["saes"][0].pop("path")),
-        "saes[0]: the key 'path' is missing … shards: 0 is less",
+        "saes[0]: the key 'path' or 'release' is missing … shards: 0 is less",
     ),
-    "missing key": (lambda c, folder: c["models"][0].pop("path"), "models[0]: the key 'path' is missing"),
+    "missing key": (lambda c, folder: c["models"][0].pop("path"), "models[0]: the key 'path' or 'name' is missing"),
     "missing section": (lambda c, folder: c.pop("corpora"), "top level: the key 'corpora' is missing"),
     "empty section": (lambda c, folder: c.update(models=[]), "models: []"),
     "an experiment without SAEs": (lambda c, folder: c.update(saes=[]), "'main': there is no SAE … Name some"),
@@ -174,7 +179,11 @@ BAD = {
         "Corpus 'story': contexts of 33 tokens … model 'tiny' has positions for 32 … Lower `context`",
     ),
     "contexts longer than the second model's": (
-        lambda c, folder: (second_model(c, folder), model(folder / "other", n_positions=8)),
+        lambda c, folder: (
+            second_model(c, folder),
+            model(folder / "other", n_positions=8),
+            [each.update(model="tiny") for each in c["saes"]],
+        ),
         "contexts of 16 tokens … model 'other' has positions for 8",
     ),
     "unknown hook": (
@@ -210,9 +219,32 @@ BAD = {
         lambda c, folder: (c["corpora"][0].update(contexts=17), c.update(shards=4)),
         "Corpus 'story': 17 contexts make 3 batches of 8, too few for 4 shards. Lower `shards`",
     ),
-    "SAE trained with other weights": (
-        first_sae(kwargs={"fold_ln": True}),
-        "SAE 'early' … trained with fold_ln = True … is loaded with fold_ln = False … processing: {fold_ln: true}",
+    "SAEs trained with different weights": (
+        lambda c, folder: (
+            sae(folder / "early", kwargs={"fold_ln": True}),
+            sae(folder / "late", hook="blocks.2.hook_resid_pre", kwargs={"fold_ln": False}),
+        ),
+        "Model 'tiny': SAEs were trained with fold_ln = True ('early'), fold_ln = False ('late'). Say which in models: "
+        "processing: {fold_ln: ...}",
+    ),
+    "SAEs trained with and without BOS": (
+        lambda c, folder: (
+            sae(folder / "early", metadata=trained(prepend_bos=True)),
+            sae(folder / "late", metadata=trained(prepend_bos=False)),
+        ),
+        "Corpus 'story': SAEs were trained with prepend_bos = True ('early'), prepend_bos = False ('late'). Say which "
+        "with `prepend_bos`",
+    ),
+    "a path and a name": (entry("models", name="gpt2"), "models[0]: give 'path' or 'name', not both"),
+    "a revision of a folder": (entry("models", revision="main"), "models[0]: 'name' must be given beside 'revision'"),
+    "an SAE of a folder": (entry("saes", sae_id="a"), "saes[0]: 'release' must be given beside 'sae_id'"),
+    "a name that is none": (
+        lambda c, folder: c.update(models=[{"id": "tiny", "name": "../gpt2"}]),
+        "models[0].name: '../gpt2' is no name of the hub",
+    ),
+    "an unknown name": (
+        lambda c, folder: c.update(models=[{"id": "tiny", "name": "gpt2-smal"}]),
+        "Model 'tiny': Unknown model 'gpt2-smal'. Near it: gpt2-small",
     ),
 }
 
@@ -281,6 +313,30 @@ def test_what_is_given_is_kept(tmp_path):
     assert (loaded.batch, dict(loaded.precision)) == (3, {"blocks": "tf32", "difference": "float32"})
     assert dict(loaded.models["tiny"].processing) == UNPROCESSED | {"center_unembed": True}
     assert (loaded.experiments["main"].saes, loaded.experiments["main"].patch_special) == (("late",), True)
+
+
+def test_what_the_configuration_leaves_open_is_as_the_saes_were_trained(tmp_path):
+    given = study(tmp_path)
+    del given["corpora"][0]["context"]
+    kwargs = {"fold_ln": True, "center_unembed": False, "device": "cuda"}
+    sae(tmp_path / "early", metadata=trained(prepend_bos=False, context_size=24, model_from_pretrained_kwargs=kwargs))
+    loaded = config.load(given)
+    corpus = loaded.corpora["story"]
+    assert dict(loaded.models["tiny"].processing) == UNPROCESSED | {"fold_ln": True}
+    assert (corpus.context, corpus.prepend_bos) == (24, False)
+    given["models"][0]["processing"] = {"fold_ln": False}
+    given["corpora"][0] |= {"context": 12, "prepend_bos": True}
+    loaded = config.load(given)
+    corpus = loaded.corpora["story"]
+    assert dict(loaded.models["tiny"].processing) == UNPROCESSED
+    assert (corpus.context, corpus.prepend_bos) == (12, True)
+
+
+def test_a_hook_of_the_configuration_replaces_the_one_in_the_metadata(tmp_path):
+    given = study(tmp_path)
+    given["saes"][0]["hook"] = "blocks.0.hook_mlp_out"
+    found = config.load(given).saes["early"]
+    assert found.read == found.write == Hook(0, "hook_mlp_out")
 
 
 def test_a_transcoder_reads_at_one_hook_and_writes_at_another(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import corpora
-from pipeline.config import CORPUS_KINDS
+from pipeline.inputs import CORPUS_KINDS
 
 BOS = 0
 

@@ -12,7 +12,10 @@ from fakes import ROOT
 LAYERS = (
     ("types", "registry", "fingerprint", "labels", "linear", "rows", "workers", "texts", "charts"),
     ("hooks", "logits", "experiments", "jobs", "selection"),
-    ("store", "corpora", "interventions", "statistics", "models", "saes", "batches"),
+    ("store", "corpora", "interventions", "statistics", "batches"),
+    ("hub",),
+    ("models", "saes", "releases"),
+    ("inputs", "describe"),
     ("stage", "lean", "metrics", "examples", "grouping"),
     # Rows of tokens -> results, and results -> pictures.
     (
@@ -51,7 +54,7 @@ HEAVY = {
     *("types", "linear", "workers", "logits", "models", "saes", "batches", "interventions", "lean", "metrics"),
     *("hooked", "decoder", "engine", "sets", "sources"),
     *("weights", "clean", "activations", "reconstructions", "effects", "ablations", "compounds", "checks"),
-    *("curvatures", "top_tokens"),
+    *("curvatures", "top_tokens", "describe"),
 }
 LIGHT = sorted(LAYER.keys() - HEAVY)
 
