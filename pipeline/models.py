@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
@@ -83,6 +84,8 @@ def _no_pickle_unless(safe: bool, what: str) -> Iterator[None]:
             advice = "Pickled weights are refused unless the configuration says `allow_pickle: true` for this model."
             raise ValueError(f"{what}: there are no safetensors weights. {advice} ({error})") from None
         raise
+    except UnpicklingError as error:
+        raise ValueError(f"{what}: its pickled weights are more than weights: {error}") from None
 
 
 def load_folder(folder: Path, processing: Mapping[str, bool], safe: bool = True) -> Weights:

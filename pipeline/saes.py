@@ -1,8 +1,10 @@
 """Sparse autoencoders and transcoders, as sae_lens runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -71,7 +73,9 @@ def load_folder(folder: Path, device: str = "cpu") -> Autoencoder:
     """An SAE that sae_lens has saved, in float32. ValueError where a weight is not finite."""
     from sae_lens import SAE
 
-    return _ready(SAE.load_from_disk(str(folder), device=device, dtype="float32"), str(folder))
+    with _fitting(str(folder)):
+        module = SAE.load_from_disk(str(folder), device=device, dtype="float32")
+    return _ready(module, str(folder))
 
 
 def load_release(source: Mapping, device: str = "cpu") -> Autoencoder:
@@ -81,7 +85,7 @@ def load_release(source: Mapping, device: str = "cpu") -> Autoencoder:
 
     what = f"'{source['sae_id']}' of '{source['release']}'"
     hub.refuse_forced_unpickling()
-    with hub.explained(what):
+    with hub.explained(what), _fitting(what):
         module = SAE.from_pretrained(source["release"], source["sae_id"], device=device, dtype="float32")
     found = hub.cached_commit(source["repo"])
     if found != source["commit"]:
@@ -90,6 +94,15 @@ def load_release(source: Mapping, device: str = "cpu") -> Autoencoder:
             f"Delete what {hub.SOURCES} holds of this release, and run again."
         )
     return _ready(module, what)
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Weights that do not fit their configuration, or are more than weights, as a ValueError."""
+    try:
+        yield
+    except (RuntimeError, KeyError, UnpicklingError) as error:
+        raise ValueError(f"{what}: sae_lens can't load these weights: {error}") from None
 
 
 def _ready(module: torch.nn.Module, what: str) -> Autoencoder:

@@ -57,7 +57,7 @@ def gpt2(home: Path, **changes: bytes | str | Path | None) -> Path:
 
 
 def published(folder: Path, **changes) -> str:
-    """The cfg.json of a demo's SAE as sae_lens wrote it when gpt2-small-res-jb was published: flat, without a version."""
+    """The cfg.json of a demo's SAE as sae_lens wrote it when gpt2-small-res-jb was published: flat, no version."""
     cfg = json.loads((folder / "cfg.json").read_text())
     old = {
         "model_name": "gpt2-small",

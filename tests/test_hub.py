@@ -45,7 +45,7 @@ def test_what_was_resolved_is_remembered_and_needs_the_cache_no_more(home):
     assert named() == first
     (record,) = Path("results/sources").iterdir()
     record.unlink()
-    with pytest.raises(ValueError, match="'gpt2' is not in the cache .* and the hub can't be reached"):
+    with pytest.raises(ValueError, match=r"'gpt2' is not in the cache .* and the hub can't be reached"):
         named()
 
 
@@ -175,7 +175,7 @@ def test_pickled_weights_are_read_only_with_consent_and_never_run(home, tmp_path
     weights, folder = models.load_source(trusted, PLAIN), models.load_folder(DEMO / "model", PLAIN)
     assert all(torch.equal(weights.state[key], tensor) for key, tensor in folder.state.items())
     repository(home, repo, {"pytorch_model.bin": pickled(tmp_path, {"evil": Evil(tmp_path / "ran")})})
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
         models.load_source(trusted, PLAIN)
     assert not (tmp_path / "ran").exists()
 
@@ -201,7 +201,7 @@ def test_a_name_in_the_configuration_that_is_none_of_the_hub_is_refused(tmp_path
     from fakes import study
 
     if (key, name) == ("revision", "a/b/c"):
-        return
+        pytest.skip("a branch may have such a name")
     given = study(tmp_path)
     given["models"] = [{"id": "tiny", "name": "gpt2"} | {key: name}]
     with pytest.raises(ValueError, match=rf"models\[0\]\.{key}: .* is no name of"):
