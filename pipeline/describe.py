@@ -1,8 +1,8 @@
-"""What sae_lens says of SAEs of its releases, before their weights are read: `python -m pipeline.describe ASKED FILE`.
+"""What sae_lens says of SAEs before their weights are read: `python -m pipeline.describe ASKED FILE`.
 
-ASKED is JSON, {release: [SAE, ...]}; the answer goes to the file: {release: {"repo", "commit", "saes": {SAE: its
-configuration}}}, or {"error": message}. Planning starts this in a process of its own, because importing sae_lens takes
-seconds and half a gigabyte.
+ASKED is JSON, {release: [SAE, ...]} or {folder: null}; the answer goes to the file: {release: {"repo", "commit",
+"saes": {SAE: its configuration}}}, {folder: its configuration}, or {"error": message}. Planning starts this in a
+process of its own, because importing sae_lens takes seconds and half a gigabyte.
 """
 
 import json
@@ -15,7 +15,7 @@ from pipeline import saes
 def main() -> None:
     asked, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     try:
-        answer = {release: saes.described(release, names) for release, names in asked.items()}
+        answer = {name: saes.described(name, saes_of_it) for name, saes_of_it in asked.items()}
     except ValueError as error:
         answer = {"error": str(error)}
     out.write_text(json.dumps(answer), encoding="utf-8")

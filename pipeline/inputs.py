@@ -189,10 +189,14 @@ def _sae(entry: dict, models: Mapping[str, Model], found: Mapping) -> Sae:
 
 def _sae_folder(entry: dict, what: str) -> tuple[dict, dict]:
     folder = _existing(entry["path"], what)
-    for name in ("cfg.json", "sae_weights.safetensors"):
+    weights = "sae.safetensors" if (folder / "sae.safetensors").exists() else "sae_weights.safetensors"
+    for name in ("cfg.json", weights):
         if not (folder / name).exists():
             raise ValueError(f"{what}: '{folder}' holds no {name}. Expected a folder that sae_lens has saved.")
-    return {"path": str(folder)}, read_json(folder / "cfg.json")
+    cfg = read_json(folder / "cfg.json")
+    # sae_lens 6 keeps metadata apart; what it was before, and sparsify's format, it can translate.
+    old = "metadata" not in cfg and (weights == "sae.safetensors" or {"hook_name", "hook_point"} & set(cfg))
+    return {"path": str(folder)}, releases.translated(folder) if old else cfg
 
 
 def _described(entry: dict, what: str, source: Mapping, cfg: dict, model: Model) -> Sae:

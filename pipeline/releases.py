@@ -160,6 +160,12 @@ def described(wanted: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], tup
     return found | described((release, sae_id) for release, names in new.items() for sae_id in names)
 
 
+def translated(folder: Path) -> dict:
+    """The configuration of an SAE in a folder of another format, as sae_lens reads it."""
+    place = hub.remembered("folder", str(folder), fingerprint.file_digest(folder / "cfg.json"), version("sae-lens"))
+    return hub.recall(place) or hub.remember(place, _ask({str(folder): None})[str(folder)])
+
+
 def _place(release: str) -> Path:
     return hub.remembered("saes", release, version("sae-lens"))
 
@@ -176,7 +182,7 @@ def _add(release: str, answer: dict) -> None:
     hub.remember(place, answer | {"saes": before["saes"] | answer["saes"]})
 
 
-def _ask(asked: dict[str, list[str]]) -> dict[str, dict]:
+def _ask(asked: dict[str, list[str] | None]) -> dict[str, dict]:
     """sae_lens's answer, from `python -m pipeline.describe`."""
     package = Path(__file__).parent.parent
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])

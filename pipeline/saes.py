@@ -7,6 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline import hub
@@ -70,12 +71,30 @@ def load(source: Mapping, device: str = "cpu") -> Autoencoder:
 
 
 def load_folder(folder: Path, device: str = "cpu") -> Autoencoder:
-    """An SAE that sae_lens has saved, in float32. ValueError where a weight is not finite."""
+    """An SAE that sae_lens or sparsify has saved, in float32. ValueError where a weight is not finite."""
     from sae_lens import SAE
+    from sae_lens.loading import pretrained_sae_loaders as loaders
 
+    converter = _sparsify if is_sparsify(folder) else loaders.sae_lens_disk_loader
     with _fitting(str(folder)):
-        module = SAE.load_from_disk(str(folder), device=device, dtype="float32")
+        module = SAE.load_from_disk(str(folder), device=device, dtype="float32", converter=converter)
     return _ready(module, str(folder))
+
+
+def is_sparsify(folder: Path) -> bool:
+    """Whether a folder holds an SAE in the format of EleutherAI's sparsify."""
+    return (folder / "sae.safetensors").exists()
+
+
+def _sparsify(folder: str, device: str, cfg_overrides: dict | None) -> tuple[dict, dict]:
+    """sae_lens's converter, which takes `W_dec` for the transpose of what sparsify writes, put right."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    cfg, state = loaders.sparsify_disk_loader(folder, device, cfg_overrides)
+    with safe_open(Path(folder) / "sae.safetensors", framework="pt") as file:
+        if "W_dec" in file.keys():  # noqa: SIM118
+            state["W_dec"] = state["W_dec"].T.contiguous()
+    return cfg, state
 
 
 def load_release(source: Mapping, device: str = "cpu") -> Autoencoder:
@@ -120,18 +139,35 @@ def _ready(module: torch.nn.Module, what: str) -> Autoencoder:
 SAID = ("architecture", "d_in", "d_out", "d_sae", "normalize_activations", "reshape_activations")
 
 
-def described(release: str, names: list[str]) -> dict:
-    """The configurations of SAEs of a release as sae_lens reads them, and the repository with its commit."""
+def described(release: str, names: list[str] | None) -> dict:
+    """The configurations of SAEs of a release as sae_lens reads them, and the repository with its commit; without
+    names, the configuration of the SAE in a folder."""
     from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor, get_repo_id_and_folder_name
 
+    if names is None:
+        return _said(_translated(Path(release)))
     found = {}
     for name in names:
         cfg = _configuration(release, name)
         if cfg.get("normalize_activations") == "expected_average_only_in" and get_norm_scaling_factor(release, name):
             cfg["normalize_activations"] = "none"  # `from_pretrained` folds the factor into the weights
-        found[name] = {key: cfg[key] for key in SAID if key in cfg} | {"metadata": cfg.get("metadata") or {}}
+        found[name] = _said(cfg)
     repo = get_repo_id_and_folder_name(release, names[0])[0]
     return {"repo": repo, "commit": hub.commit_of(repo), "saes": found}
+
+
+def _said(cfg: dict) -> dict:
+    return {key: cfg[key] for key in SAID if key in cfg} | {"metadata": cfg.get("metadata") or {}}
+
+
+def _translated(folder: Path) -> dict:
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    read = loaders.get_sparsify_config_from_disk if is_sparsify(folder) else loaders.get_sae_lens_config_from_disk
+    try:
+        return loaders.handle_config_defaulting(read(folder, "cpu"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: sae_lens can't read its cfg.json: {error!r}.") from None
 
 
 def _configuration(release: str, name: str) -> dict:

@@ -308,6 +308,44 @@ def test_gemma_scope_is_read_from_npz_without_pickle(home):
     torch.testing.assert_close(sae(x).x_hat, expected, rtol=1e-4, atol=1e-2)
 
 
+@torch.inference_mode()
+def test_a_folder_of_sae_lens_before_6_is_translated(home, tmp_path):
+    source, folder = DEMO / "saes" / "resid3-l1-2", tmp_path / "old"
+    folder.mkdir()
+    (folder / "cfg.json").write_text(published(source))
+    (folder / "sae_weights.safetensors").write_bytes((source / "sae_weights.safetensors").read_bytes())
+    (found,) = config.load(study(path=str(folder), id="it")).saes.values()
+    assert (found.architecture, found.read.name, found.trained["context_size"]) == ("standard", RESID[3], 128)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(saes.load(found.source)(x).x_hat, saes.load_folder(source)(x).x_hat)
+
+
+@torch.inference_mode()
+def test_a_folder_of_sparsify_is_translated(home, tmp_path):
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
+    from safetensors.torch import save_file
+
+    state, folder = random_state(), tmp_path / "pile" / "layers.3"
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 128, "num_latents": 24, "k": 4, "expansion_factor": 1}))
+    raw = {"encoder.weight": state["W_enc"].T.contiguous(), "encoder.bias": state["b_enc"], "b_dec": state["b_dec"]}
+    save_file(raw | {"W_dec": state["W_dec"]}, folder / "sae.safetensors")
+    given = study(path=str(folder), id="it")
+    given["corpora"][0]["context"] = 16  # sae_lens takes 2048 where sparsify says nothing
+    (found,) = config.load(given).saes.values()
+    assert (found.architecture, found.read.name, found.d_sae) == ("topk", "blocks.3.hook_resid_post", 24)
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    made = saes.load(found.source)(x)
+    # sae_lens 6.54 itself can't load what sparsify writes, which is `latent d_in`: it expects the transpose.
+    with pytest.raises(RuntimeError, match=r"size mismatch for W_dec"):
+        SAE.load_from_disk(str(folder), dtype="float32", converter=sparsify_disk_loader)
+    save_file(raw | {"W_dec": state["W_dec"].T.contiguous()}, folder / "sae.safetensors")
+    expected = SAE.load_from_disk(str(folder), dtype="float32", converter=sparsify_disk_loader)
+    assert torch.equal(made.x_hat, expected(x))
+    assert ((made.features != 0).sum(-1) <= 4).all()
+
+
 def test_weights_that_do_not_fit_their_configuration_are_named(home):
     folder = DEMO / "saes" / "resid3-l1-2"
     files = {f"{RESID[3]}/cfg.json": published(folder, hook_point=RESID[3], d_sae=24)}
