@@ -1,13 +1,15 @@
-"""Text files and token ids -> packed contexts. Documents are joined by BOS, cut into rows, and never padded."""
+"""Texts of files and datasets, and token ids -> packed contexts. Documents are joined by BOS, cut into rows, and never
+padded."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import hub
 from pipeline.registry import Registry, unknown
 
 READERS = Registry("kind of corpus file")
@@ -63,6 +65,40 @@ def parquet(path: Path, column: str) -> Iterator[str]:
 def documents(path: Path, column: str) -> Iterator[str]:
     """The texts of a corpus file, in order; the ending of its name says how it is read."""
     return READERS[path.suffix.removeprefix(".")](path, column)
+
+
+def streamed(source: Mapping, column: str) -> Iterator[str]:
+    """The texts of a dataset of the hub, in order, downloaded as they are asked for; without a network, those of the
+    cache. `datasets` runs no code of a repository."""
+    import datasets
+    from huggingface_hub import constants
+
+    what, name = f"Dataset '{source['dataset']}' at {source['commit']}", source["dataset"]
+    if constants.HF_HUB_OFFLINE:
+        name = str(hub.folder(source["dataset"], source["commit"], ("*",), "dataset"))
+    try:
+        with hub.explained(what):
+            rows = datasets.load_dataset(
+                name,
+                source.get("subset"),
+                split=source["split"],
+                streaming=True,
+                revision=None if constants.HF_HUB_OFFLINE else source["commit"],
+            )
+    except RuntimeError as error:  # a loading script, which is code
+        raise ValueError(f"{what}: {error} Use a revision without a script, such as refs/convert/parquet.") from None
+    for number, row in enumerate(rows):
+        yield from _text(row, column, f"{what}, row {number}")
+
+
+def enough(token_lists: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    """The first documents' ids whose stream, with a BOS between them, has at least this length."""
+    total = -1
+    for ids in token_lists:
+        yield ids
+        total += len(ids) + 1
+        if total >= length:
+            return
 
 
 def ready_tokens(path: Path, context: int, d_vocab: int) -> np.ndarray:

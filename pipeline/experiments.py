@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import combinations
 
 from pipeline import fingerprint
@@ -137,13 +138,16 @@ def atlas(entry: dict, models: Mapping, corpora: Mapping) -> Experiment:
 
 
 def _selected(what: str, kind: str, wanted: list[str] | str, known: Mapping) -> tuple[str, ...]:
-    names = tuple(known) if wanted == "all" else tuple(wanted)
-    if not names:
+    """Those that are named, or whose name matches a pattern such as `res-*`."""
+    if wanted == "all" and not known:
         raise ValueError(f"{what}: there is no {kind} in the configuration. Name some, or leave the experiment out.")
-    for name in names:
-        if name not in known:
+    names = []
+    for name in ["*"] if wanted == "all" else wanted:
+        matching = [name] if name in known else [each for each in known if fnmatchcase(each, name)]
+        if not matching:
             raise ValueError(f"{what}: " + unknown(kind, name, known))
-    return names
+        names += matching
+    return tuple(dict.fromkeys(names))
 
 
 def _labels(what: str, entry: dict) -> tuple[str, ...]:

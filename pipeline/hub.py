@@ -118,6 +118,18 @@ def model_files(what: str, repo: str, revision: str | None) -> dict:
         raise ValueError(f"{what}: {error}") from None
 
 
+def dataset_commit(what: str, repo: str, revision: str | None) -> str:
+    """The commit of a dataset; remembered from the first time on."""
+    place = remembered("dataset", repo, revision or "main")
+    if found := recall(place):
+        return found["commit"]
+    try:
+        commit = commit_of(repo, revision, "dataset")
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    return remember(place, {"dataset": repo, "revision": revision or "main", "commit": commit})["commit"]
+
+
 def check_code(what: str, repo: str, config: dict) -> None:
     """That loading a model runs no code of its repository."""
     if "auto_map" in config and repo.startswith(TRUSTED_MODELS):

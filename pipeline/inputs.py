@@ -32,7 +32,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`source` is where it is read from: {"path"}, or {"dataset", "commit", "name", "split"}."""
+    """`source` is where it is read from: {"path"}, or {"dataset", "commit", "split", "subset"}."""
 
     id: str
     source: Mapping
@@ -125,7 +125,7 @@ def agreed(what: str, key: str, saes: Iterable[Sae], advice: str) -> object:
 def corpus(entry: dict, models: Mapping[str, Model], saes: Iterable[Sae]) -> Corpus:
     """A corpus's entry; contexts and BOS are as the configuration says, else as the SAEs were trained with."""
     what = f"Corpus '{entry['id']}'"
-    source = _file(entry, what)
+    source = _dataset(entry, what) if "dataset" in entry else _file(entry, what)
     said = {}
     for key, name in (("context", "context_size"), ("prepend_bos", "prepend_bos")):
         trained = None if key in entry else agreed(what, name, saes, f"Say which with `{key}`.")
@@ -137,6 +137,12 @@ def corpus(entry: dict, models: Mapping[str, Model], saes: Iterable[Sae]) -> Cor
                 f"positions for {each.geometry.n_ctx}. Lower `context`."
             )
     return Corpus(entry["id"], MappingProxyType(source), entry["column"], contexts=entry.get("contexts"), **said)
+
+
+def _dataset(entry: dict, what: str) -> dict:
+    commit = hub.dataset_commit(what, entry["dataset"], entry.get("revision"))
+    source = {"dataset": entry["dataset"], "commit": commit, "split": entry["split"]}
+    return source | ({"subset": entry["subset"]} if "subset" in entry else {})
 
 
 def _file(entry: dict, what: str) -> dict:

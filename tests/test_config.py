@@ -95,7 +95,10 @@ BAD = {
         lambda c, folder: c.update(yaml.safe_load("bootstrap: {confidence: 1e-4}")),
         "bootstrap.confidence: found '1e-4' (str) … expected number",
     ),
-    "one id for a list": (entry("experiments", saes="early"), "experiments[0].saes: 'early' … A list of ids, or `all`"),
+    "one id for a list": (
+        entry("experiments", saes="early"),
+        "experiments[0].saes: 'early' … A list of ids and patterns",
+    ),
     "an intervention twice": (
         entry("experiments", interventions=["sae", "sae"]),
         "experiments[0].interventions … non-unique",
@@ -337,6 +340,15 @@ def test_a_hook_of_the_configuration_replaces_the_one_in_the_metadata(tmp_path):
     given["saes"][0]["hook"] = "blocks.0.hook_mlp_out"
     found = config.load(given).saes["early"]
     assert found.read == found.write == Hook(0, "hook_mlp_out")
+
+
+def test_an_experiment_takes_saes_by_pattern(tmp_path):
+    given = study(tmp_path)
+    given["experiments"][0]["saes"] = ["l*", "*"]
+    assert config.load(given).experiments["main"].saes == ("late", "early")
+    given["experiments"][0]["saes"] = ["l*", "x*"]
+    with pytest.raises(ValueError, match=r"Experiment 'main': Unknown SAE 'x\*'\. Known: early, late"):
+        config.load(given)
 
 
 def test_a_transcoder_reads_at_one_hook_and_writes_at_another(tmp_path):

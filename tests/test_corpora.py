@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hubs import COMMIT, offline, repository
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,3 +126,85 @@ def test_ready_tokens_that_do_not_fit_are_refused(tmp_path, tokens, fragments):
         corpora.ready_tokens(tmp_path / "ready.npy", 8, 50)
     message = str(caught.value)
     assert [fragment for fragment in ["ready.npy", *fragments] if fragment not in message] == [], message
+
+
+# Datasets of the hub, through `datasets` on a cache made by hand.
+
+TEXTS = [f"text {number} " * 3 for number in range(9)]
+SOURCE = {"dataset": "someone/texts", "commit": COMMIT, "split": "train"}
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """Two Parquet files of a split, another split, and a second configuration, described as on the hub."""
+    monkeypatch.chdir(tmp_path)
+    home = offline(tmp_path / "home", monkeypatch)
+    files = {"README.md": README}
+    for name, texts in {"train-0": TEXTS[:5], "train-1": TEXTS[5:], "test-0": ["a test"], "other": ["another"]}.items():
+        pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), tmp_path / f"{name}.parquet")
+        files[f"data/{name}.parquet"] = tmp_path / f"{name}.parquet"
+    repository(home, "someone/texts", files, kind="datasets")
+    return home
+
+
+README = """---
+configs:
+- config_name: default
+  default: true
+  data_files:
+  - {split: train, path: data/train-*}
+  - {split: test, path: data/test-*}
+- config_name: second
+  data_files: [{split: train, path: data/other.parquet}]
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [({}, TEXTS), ({"split": "test"}, ["a test"]), ({"subset": "second"}, ["another"])],
+    ids=["train", "test", "second"],
+)
+def test_a_dataset_is_read_in_order(dataset, changes, texts):
+    assert list(corpora.streamed(SOURCE | changes, "text")) == texts
+
+
+def test_a_column_that_a_dataset_does_not_have_is_named(dataset):
+    with pytest.raises(
+        ValueError, match=r"'someone/texts' at 0123\w+, row 0: Unknown column 'texts'\. Did you mean 'text'"
+    ):
+        list(corpora.streamed(SOURCE, "texts"))
+
+
+def test_a_column_of_numbers_of_a_dataset_is_refused(dataset):
+    with pytest.raises(ValueError, match=r"row 0: 'n' holds 0, expected text"):
+        list(corpora.streamed(SOURCE, "n"))
+
+
+@pytest.mark.parametrize("changes", [{"split": "dev"}, {"subset": "third"}], ids=str)
+def test_a_part_that_a_dataset_does_not_have_is_named(dataset, changes):
+    with pytest.raises(ValueError, match=r"dev|third"):
+        list(corpora.streamed(SOURCE | changes, "text"))
+
+
+def test_code_of_a_dataset_is_never_run(dataset, tmp_path):
+    """A loading script, as datasets had them once."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    repository(dataset, "someone/scripted", {"scripted.py": code}, kind="datasets")
+    with pytest.raises(ValueError, match="someone/scripted"):
+        list(corpora.streamed(SOURCE | {"dataset": "someone/scripted"}, "text"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_dataset_that_is_not_in_the_cache_says_so(dataset):
+    with pytest.raises(ValueError, match=r"'someone/gone' at 0123\w+ is not in the cache"):
+        list(corpora.streamed(SOURCE | {"dataset": "someone/gone"}, "text"))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(1, 99), max_size=12), max_size=6), st.integers(1, 5), st.integers(2, 9))
+def test_enough_of_a_stream_packs_to_the_same_rows(documents, rows, context):
+    whole = packed(documents, context, True)[:rows]
+    taken = list(corpora.enough(iter(documents), rows * (context - 1)))
+    assert packed(taken, context, True)[:rows].tolist() == whole.tolist()
+    assert len(joined(taken[:-1])) < rows * (context - 1)

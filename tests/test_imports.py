@@ -12,9 +12,9 @@ from fakes import ROOT
 LAYERS = (
     ("types", "registry", "fingerprint", "labels", "linear", "rows", "workers", "texts", "charts"),
     ("hooks", "logits", "experiments", "jobs", "selection"),
-    ("store", "corpora", "interventions", "statistics", "batches"),
+    ("store", "interventions", "statistics", "batches"),
     ("hub",),
-    ("models", "saes", "releases"),
+    ("models", "saes", "releases", "corpora"),
     ("inputs", "describe"),
     ("stage", "lean", "metrics", "examples", "grouping"),
     # Rows of tokens -> results, and results -> pictures.
