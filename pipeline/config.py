@@ -86,6 +86,17 @@ def _check_shards(shards: int, corpora: MappingProxyType, experiments: MappingPr
                 )
 
 
+def check_plain(path: Path) -> None:
+    """That a configuration file is data: Snakemake reads YAML tags such as `!!python/name`, and evaluates templates in a
+    file that says `__use_yte__`."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no plain YAML: {error}. Leave tags such as !!python out.") from None
+    if isinstance(found, dict) and "__use_yte__" in found:
+        raise ValueError(f"{path} is a template (`__use_yte__`), which is code. Write the values themselves.")
+
+
 def validate(config: dict) -> dict:
     """A copy of the configuration with the schema's defaults filled in. ValueError lists everything that breaks the
     schema."""

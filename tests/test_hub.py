@@ -206,3 +206,33 @@ def test_a_name_in_the_configuration_that_is_none_of_the_hub_is_refused(tmp_path
     given["models"] = [{"id": "tiny", "name": "gpt2"} | {key: name}]
     with pytest.raises(ValueError, match=rf"models\[0\]\.{key}: .* is no name of"):
         config.load(given)
+
+
+# Snakemake itself refuses the first two, and would take the third for a function.
+TAGS = ["!!python/object/apply:os.system ['touch ran']", "!!python/object:pathlib.Path {}", "!!python/name:os.system"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_yaml_that_asks_for_python_is_refused_by_the_workflow(tmp_path, tag):
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    (tmp_path / "evil.yaml").write_text(f"seed: {tag}\n")
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
+    command += ["--configfile", "evil.yaml", "--dry-run", "--workflow-profile", "none"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
+    assert ran.returncode != 0
+    said = ran.stdout + ran.stderr
+    assert "not valid JSON or YAML" in said or "could not determine a constructor for the tag" in said, said
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["__use_yte__: true\nseed: 1\n", "seed: !!python/name:os.system\n", "{"], ids=repr)
+def test_a_configuration_file_that_is_more_than_data_is_refused(tmp_path, text):
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"evil\.yaml is (a template|no plain YAML)"):
+        config.check_plain(tmp_path / "evil.yaml")

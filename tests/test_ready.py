@@ -76,7 +76,56 @@ def gemma_scope(home: Path) -> None:
 CACHES = {"gpt2-small": gpt2_small, "pythia-70m": pythia_70m, "gemma-scope": gemma_scope}
 # The SAEs, the tokens, and what they were trained with; then the jobs that a dry run would start.
 SIZES = {"gpt2-small": (24, 16000, 128), "pythia-70m": (18, 1600, 128), "gemma-scope": (15, 256, 1024)}
-JOBS: dict[str, dict[str, int]] = {"gpt2-small": {}, "pythia-70m": {}, "gemma-scope": {}}
+JOBS = {
+    "gpt2-small": {
+        "tokens": 1,
+        "weights": 1,
+        "activations": 144,
+        "clean": 16,
+        "ablations": 208,
+        "compounds": 16,
+        "moments": 72,
+        "reconstructions": 48,
+        "effects": 176,
+        "errors": 2,
+        "checks": 7,
+        "curvatures": 2,
+        "extremes": 2,
+        "top_tokens": 2,
+    },
+    "pythia-70m": {
+        "tokens": 1,
+        "weights": 1,
+        "activations": 8,
+        "clean": 2,
+        "compounds": 2,
+        "moments": 30,
+        "reconstructions": 6,
+        "ablations": 14,
+        "effects": 12,
+        "errors": 1,
+        "checks": 5,
+        "curvatures": 1,
+        "extremes": 1,
+        "top_tokens": 1,
+    },
+    "gemma-scope": {
+        "tokens": 1,
+        "weights": 1,
+        "activations": 8,
+        "clean": 4,
+        "compounds": 4,
+        "moments": 9,
+        "reconstructions": 8,
+        "ablations": 8,
+        "effects": 20,
+        "errors": 1,
+        "checks": 4,
+        "extremes": 1,
+        "top_tokens": 1,
+    },
+}
+AFTERWARDS = ("summary", "analyses", "paper", "figures", "report", "all")
 
 
 def test_every_ready_configuration_is_tested():
@@ -120,5 +169,5 @@ def test_a_dry_run_of_a_ready_configuration_starts_these_jobs(name, tmp_path):
     assert ran.returncode == 0, said
     table = said.rpartition("Job stats:")[2].partition("total")[0]
     found = {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
-    assert found == JOBS[name]
+    assert {rule: count for rule, count in found.items() if rule not in AFTERWARDS} == JOBS[name]
     assert sum(found.values()) < 2000  # more take Snakemake itself too long

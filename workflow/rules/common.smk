@@ -21,6 +21,8 @@ given = workflow.config_settings.overwrite_config
 if "models" in given or "saes" in given:
     config = given
 try:
+    for path in workflow.config_settings.configfiles:
+        configuration.check_plain(Path(path))
     PLAN = Plan(configuration.load(config))
 except ValueError as error:
     raise WorkflowError(str(error)) from None
