@@ -87,7 +87,7 @@ def _check_shards(shards: int, corpora: MappingProxyType, experiments: MappingPr
 
 
 def check_plain(path: Path) -> None:
-    """That a configuration file is data. Snakemake reads tags such as `!!python/name`, and evaluates templates where the
+    """That a configuration file is data. Snakemake reads tags such as `!!python/name`, and evaluates templates where a
     file says `__use_yte__`."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
