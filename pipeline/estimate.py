@@ -7,11 +7,12 @@ was measured (LOG.md). A corpus without `contexts` is measured by its file. Need
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Corpus
 from pipeline.hooks import RESIDUAL_SITES, Geometry, parse_hook
+from pipeline.inputs import Corpus
 from pipeline.jobs import Batch, Job
 from pipeline.labels import parsed
 from pipeline.plan import Plan
@@ -41,12 +42,16 @@ class Cost:
 
 
 def tokens_of(corpus: Corpus) -> int:
-    """How many tokens a corpus has: exactly where `contexts` or token ids say so, else by the size of its file."""
+    """How many tokens a corpus has: exactly where `contexts` or token ids say so, else by the size of its file; 0 for a
+    dataset of unknown length."""
     if corpus.contexts is not None:
         return corpus.contexts * corpus.context
-    if corpus.path.suffix == ".npy":
-        return np.load(corpus.path, mmap_mode="r", allow_pickle=False).size
-    return int(corpus.path.stat().st_size / CHARACTERS)
+    if "path" not in corpus.source:
+        return 0
+    path = Path(corpus.source["path"])
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False).size
+    return int(path.stat().st_size / CHARACTERS)
 
 
 def passes(geometry: Geometry, context: int, first: int = 0) -> float:
@@ -156,7 +161,8 @@ def text(plan: Plan) -> str:
             f"{_size(row['memory']):>17}"
         )
     guessed = [corpus.id for corpus in plan.study.corpora.values() if corpus.contexts is None]
-    notes = [f"The length of {', '.join(guessed)} is taken from the size of the file."] if guessed else []
+    notes = [f"No `contexts` for {', '.join(guessed)}: a file is taken by its size, a dataset for nothing."]
+    notes = notes if guessed else []
     return "\n".join([*lines, "", *_speeds(total["flop"]), *notes])
 
 
