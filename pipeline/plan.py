@@ -5,7 +5,7 @@ the tests alike. A job is handed to its stage as one JSON string, which is also 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, wraps
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +23,20 @@ CONTROL = "identity"
 TOP = 25
 
 
+def once(method: Callable[..., Job]) -> Callable[..., Job]:
+    """The job of the same models, SAEs, hooks and shards is described once: jobs ask for their inputs again and again,
+    and with many shards that would be most of planning."""
+
+    @wraps(method)
+    def known(plan: "Plan", *about: Experiment | Sae | Hook | str) -> Job:
+        place = (method.__name__, *(each if isinstance(each, (str, Hook)) else each.id for each in about))
+        if place not in plan.described:
+            plan.described[place] = method(plan, *about)
+        return plan.described[place]
+
+    return known
+
+
 class Plan:
     """All jobs of a study, by path. The methods that make a job are its definition; `jobs` says which are wanted."""
 
@@ -32,6 +46,7 @@ class Plan:
         self.analyses = fingerprint.registered("analyses", "ANALYSES")
         self.figures = fingerprint.registered("figures", "FIGURES")
         self._made: dict[tuple, Job] = {}
+        self.described: dict[tuple, Job] = {}
         # Files and source are read once per plan, however many jobs depend on them.
         self._content, self._code = cache(fingerprint.file_digest), cache(fingerprint.code_digest)
         self._tokenizer, self._rows = cache(self._tokenizer_of), cache(self._rows_of)
@@ -96,6 +111,7 @@ class Plan:
 
     # One method per stage, in the order of the data flow.
 
+    @once
     def tokens(self, model: str, corpus: str) -> Job:
         entry = self.study.corpora[corpus]
         settings = self._source(entry.source) | self._tokenizer(model)
@@ -103,26 +119,31 @@ class Plan:
         kind = Path(entry.source.get("path", "")).suffix.removeprefix(".")
         return self.make("tokens", {"model": model, "corpus": corpus}, settings, [], [kind] if kind else [])
 
+    @once
     def weights(self, model: str) -> Job:
         entry = self.study.models[model]
         settings = self._source(entry.source) | {"processing": dict(entry.processing)}
         return self.make("weights", {"model": model}, settings, [])
 
+    @once
     def clean(self, model: str, corpus: str, shard: str) -> Job:
         inputs = [("tokens", self.tokens(model, corpus)), ("weights", self.weights(model))]
         return self.make("clean", {"model": model, "corpus": corpus, "shard": shard}, self._blocks(), inputs)
 
+    @once
     def activations(self, model: str, corpus: str, hook: Hook, shard: str) -> Job:
         inputs = [("tokens", self.tokens(model, corpus)), ("weights", self.weights(model))]
         return self.make(
             "activations", {"model": model, "corpus": corpus, "hook": hook.name, "shard": shard}, self._blocks(), inputs
         )
 
+    @once
     def moments(self, model: str, corpus: str, hook: Hook) -> Job:
         inputs = [("tokens", self.tokens(model, corpus))]
         inputs += [("activations", self.activations(model, corpus, hook, shard)) for shard in self.shards]
         return self.make("moments", {"model": model, "corpus": corpus, "hook": hook.name}, {}, inputs)
 
+    @once
     def reconstructions(self, sae: Sae, corpus: str, shard: str) -> Job:
         inputs = [("read", self.activations(sae.model, corpus, sae.read, shard))]
         inputs += [("write", self.activations(sae.model, corpus, sae.write, shard))]
@@ -132,6 +153,7 @@ class Plan:
         settings |= {"read": sae.read.name, "write": sae.write.name}
         return self.make("reconstructions", {"sae": sae.id, "corpus": corpus, "shard": shard}, settings, inputs)
 
+    @once
     def errors(self, sae: Sae, corpus: str) -> Job:
         inputs = [("tokens", self.tokens(sae.model, corpus)), ("moments", self.moments(sae.model, corpus, sae.write))]
         for shard in self.shards:
@@ -140,6 +162,7 @@ class Plan:
         settings = {"model": sae.model, "hook": sae.write.name}
         return self.make("errors", {"sae": sae.id, "corpus": corpus}, settings, inputs)
 
+    @once
     def effects(self, experiment: Experiment, sae: Sae, corpus: str, shard: str) -> Job:
         labels = self._sae_labels(experiment)
         inputs = self._patching_inputs(sae.model, corpus, sae.write, shard)
@@ -151,6 +174,7 @@ class Plan:
         settings = self._patching_settings(experiment, labels) | {"model": sae.model, "hook": sae.write.name}
         return self.make("effects", key, settings, inputs, _names(labels))
 
+    @once
     def ablations(self, experiment: Experiment, model: str, corpus: str, hook: Hook, shard: str) -> Job:
         labels = self._ablation_labels(experiment, model, hook)
         inputs = self._patching_inputs(model, corpus, hook, shard)
@@ -158,6 +182,7 @@ class Plan:
         key = {"experiment": experiment.id, "model": model, "corpus": corpus, "hook": hook.name, "shard": shard}
         return self.make("ablations", key, self._patching_settings(experiment, labels), inputs, _names(labels))
 
+    @once
     def compounds(self, experiment: Experiment, model: str, corpus: str, shard: str) -> Job:
         sets, labels = self._sets(experiment, model), [name for name in experiment.interventions if name != CONTROL]
         used = {sae for each in sets for sae in each["saes"]}
@@ -185,6 +210,7 @@ class Plan:
         key = {"experiment": experiment.id, "model": model, "corpus": corpus, "shard": shard}
         return self.make("compounds", key, settings, inputs, _names(labels))
 
+    @once
     def curvatures(self, experiment: Experiment, sae: Sae, corpus: str) -> Job:
         shard, labels = self.shards[0], [name for name in experiment.interventions if name in PAIR]
         inputs = [("tokens", self.tokens(sae.model, corpus)), ("weights", self.weights(sae.model))]
@@ -197,6 +223,7 @@ class Plan:
         key = {"experiment": experiment.id, "sae": sae.id, "corpus": corpus}
         return self.make("curvatures", key, settings, inputs, _names(labels))
 
+    @once
     def extremes(self, experiment: Experiment, sae: Sae, corpus: str) -> Job:
         inputs = [("tokens", self.tokens(sae.model, corpus))]
         inputs += [("effects", self.effects(experiment, sae, corpus, shard)) for shard in self.shards]
@@ -204,6 +231,7 @@ class Plan:
         settings |= self._tokenizer(sae.model) | {"model": sae.model}
         return self.make("extremes", {"experiment": experiment.id, "sae": sae.id, "corpus": corpus}, settings, inputs)
 
+    @once
     def top_tokens(self, experiment: Experiment, sae: Sae, corpus: str) -> Job:
         labels = [name for name in experiment.interventions if name in PAIR]
         inputs = [("extremes", self.extremes(experiment, sae, corpus)), ("tokens", self.tokens(sae.model, corpus))]
@@ -218,6 +246,7 @@ class Plan:
         key = {"experiment": experiment.id, "sae": sae.id, "corpus": corpus}
         return self.make("top_tokens", key, settings, inputs, _names(labels))
 
+    @once
     def checks(self, experiment: Experiment, model: str, corpus: str) -> Job:
         """One SAE at every hook, and every ablation, on the first shard."""
         shard, hooks = self.shards[0], self._hooks(experiment, model)
