@@ -25,14 +25,14 @@ def clock(monkeypatch, *times):
 
 
 def test_a_log_file_gets_a_line_when_enough_time_has_passed_and_none_at_the_end(monkeypatch, caplog):
-    clock(monkeypatch, 0, 10, 25, 30, 60, 90)
+    clock(monkeypatch, 0.0, 10.0, 25.0, 30.0, 60.0, 90.0)
     with caplog.at_level(logging.INFO):
         assert list(progress.tracked("abcde", [100] * 5)) == list("abcde")
     assert [message.split(" tokens")[0] for message in caplog.messages] == ["200 of 500", "400 of 500"]
 
 
 def test_a_step_counts_when_it_is_done(monkeypatch, caplog):
-    clock(monkeypatch, 0, 50, 100)
+    clock(monkeypatch, 0.0, 50.0, 100.0)
     steps = progress.tracked("ab", [1, 3])
     with caplog.at_level(logging.INFO):
         next(steps)
