@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -53,23 +54,64 @@ def code_digest(module: str, names: frozenset[str] = frozenset(), package: Path 
 
 def registered(module: str, registry: str, package: Path = PACKAGE) -> dict[str, list[str]]:
     """Name -> argument names of every function that `module` puts into `registry`, in the order of the file."""
-    functions = [node for node in _tree(_file(module, package)).body if _registry_of(node) == registry]
-    return {node.name: [argument.arg for argument in node.args.args] for node in functions}
+    return {
+        part.name: list(part.arguments) for part in _source(_file(module, package)).parts if part.registry == registry
+    }
+
+
+def imports(path: Path, package: Path = PACKAGE) -> list[str]:
+    """The modules of this package that a file imports, at top level or inside a function."""
+    return [name for name in _source(path).imports if _file(name, package).exists()]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A statement at the top of a file: its digest, and if it is a registered function, its registry, name and
+    arguments."""
+
+    digest: str
+    registry: str | None
+    name: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be known of a file of Python: what may be modules of ours among its imports, and its statements."""
+
+    imports: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+
+def _source(path: Path) -> Source:
+    status = os.stat(path)
+    return _parsed(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _parsed(path: Path, size: int, mtime: int) -> Source:
+    tree, found = ast.parse(path.read_bytes(), filename=str(path)), []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+        elif isinstance(node, ast.Import):
+            found += [each.name.removeprefix("pipeline.") for each in node.names if each.name.startswith("pipeline.")]
+        elif isinstance(node, ast.ImportFrom) and node.module == "pipeline":
+            found += [each.name for each in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
+            found.append(node.module.removeprefix("pipeline."))
+    return Source(tuple(found), tuple(_part(node) for node in tree.body))
+
+
+def _part(node: ast.stmt) -> Part:
+    registry = _registry_of(node)
+    name, arguments = (node.name, [each.arg for each in node.args.args]) if registry else ("", [])
+    return Part(hashlib.sha256(ast.dump(node).encode()).hexdigest(), registry, name, tuple(arguments))
 
 
 def _file(module: str, package: Path) -> Path:
     path = package.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_bytes(), filename=str(path))
-
-
-def _version(path: Path) -> tuple[int, int]:
-    """What tells a changed source from the one that was looked at before."""
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 def _reached(module: str, package: Path) -> set[str]:
@@ -83,45 +125,9 @@ def _reached(module: str, package: Path) -> set[str]:
     return reached
 
 
-def imports(path: Path, package: Path = PACKAGE) -> list[str]:
-    """The modules of this package that a file imports, at top level or inside a function."""
-    return _imports(path, package, _version(path))
-
-
-@cache
-def _imports(path: Path, package: Path, version: tuple[int, int]) -> list[str]:
-    found = []
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.Import):
-            found += [
-                alias.name.removeprefix("pipeline.") for alias in node.names if alias.name.startswith("pipeline.")
-            ]
-        elif isinstance(node, ast.ImportFrom) and node.module == "pipeline":
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
-            found.append(node.module.removeprefix("pipeline."))
-    return [name for name in found if _file(name, package).exists()]
-
-
 def _module_digest(path: Path, names: frozenset[str]) -> str:
-    version = _version(path)
-    return _digest_of_source(path, names & _all_registered(path, version), version)
-
-
-@cache
-def _all_registered(path: Path, version: tuple[int, int]) -> frozenset[str]:
-    """The names of all functions that a file registers; those of other files say nothing about it."""
-    return frozenset(node.name for node in _tree(path).body if _registry_of(node) is not None)
-
-
-@cache
-def _digest_of_source(path: Path, names: frozenset[str], version: tuple[int, int]) -> str:
-    tree = _tree(path)
-    tree.body = [node for node in tree.body if _registry_of(node) is None or node.name in names]
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    """Of all statements of a file but the registered functions that are not in `names`."""
+    return digest([part.digest for part in _source(path).parts if part.registry is None or part.name in names])
 
 
 def _registry_of(node: ast.stmt) -> str | None:

@@ -1,7 +1,8 @@
-"""How a stage is started: `python -m pipeline.<stage> --job JSON --out FILES`.
+"""How a stage is started: `python -m pipeline.<stage> --out FILES`, with the job as JSON on its standard input.
 
-The job is a list of items as planned, each with its settings, its inputs with their fingerprints, and its file. Most
-stages make one item a job; those that pay much for starting make several (`run_batch`).
+The job is a list of items as planned, each with its settings, its inputs with their fingerprints, and its file. It is
+no argument, which Linux limits to 128 kB: a table names every shard. Most stages make one item a job; those that pay
+much for starting make several (`run_batch`).
 """
 
 import argparse
@@ -102,7 +103,7 @@ def _main(stage: str, work: Callable[[list[dict], argparse.Namespace], None]) ->
     1."""
     arguments = _parser(stage).parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    items, began = json.loads(arguments.job), time.monotonic()
+    items, began = json.load(sys.stdin), time.monotonic()
     try:
         work(items, arguments)
     except (ValueError, OSError) as error:
@@ -115,7 +116,6 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m pipeline.{stage}", description=f"The stage '{stage}'; started by Snakemake."
     )
-    parser.add_argument("--job", required=True, help="the items as planned, in JSON")
     parser.add_argument("--out", dest="outputs", nargs="+", required=True, type=Path, help="output files")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="torch device")

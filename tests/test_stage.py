@@ -1,5 +1,6 @@
 """A stage refuses what was planned for other code or made with other settings, and says so without a traceback."""
 
+import io
 import json
 import logging
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from fakes import ROOT
+from snakemake.shell import shell
 
 from pipeline import fingerprint, stage, store
 
@@ -36,7 +38,8 @@ def asked(tmp_path):
 
 
 def start(monkeypatch, items, work, name="moments", options=(), out="new.h5", run=stage.run):
-    monkeypatch.setattr(sys, "argv", [name, "--job", json.dumps(items), "--out", str(out), *options])
+    monkeypatch.setattr(sys, "argv", [name, "--out", str(out), *options])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(items)))
     run(name, work)
 
 
@@ -129,7 +132,8 @@ def test_a_started_stage_says_in_its_log_what_is_wrong_and_writes_nothing(tmp_pa
     tokens = array(tmp_path / "tokens.h5", "aaaa", "special", "seq pos", np.ones((2, 3), bool))
     item = job(tmp_path / "moments.h5", [("tokens", tokens, "aaaa")], hook="h")
     ran = subprocess.run(
-        [sys.executable, "-m", "pipeline.moments", "--job", json.dumps([item]), "--out", tmp_path / "moments.h5"],
+        [sys.executable, "-m", "pipeline.moments", "--out", tmp_path / "moments.h5"],
+        input=json.dumps([item]),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -138,6 +142,21 @@ def test_a_started_stage_says_in_its_log_what_is_wrong_and_writes_nothing(tmp_pa
     assert "tokens.h5: all 6 tokens are special" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.h5"]
+
+
+def test_a_job_may_be_longer_than_an_argument_of_a_command(tmp_path, monkeypatch):
+    """Written to the stage as the rules do it, by Snakemake's own shell."""
+    monkeypatch.chdir(tmp_path)
+    shell.executable("bash")
+    inputs = [("activations", f"results/it's {number}.h5", "aaaa") for number in range(10_000)]
+    item = json.dumps([job(tmp_path / "moments.h5", inputs)])
+    with pytest.raises(subprocess.CalledProcessError):
+        shell(
+            f"PYTHONPATH={ROOT} {sys.executable} -m pipeline.moments --out moments.h5 <<< {{item:q}} > log 2>&1",
+            item=item,
+        )
+    assert len(item) > 2**18
+    assert "results/it's 0.h5' of 'moments' is missing" in (tmp_path / "log").read_text()
 
 
 # Stages that make several items a job.

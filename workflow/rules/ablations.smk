@@ -16,4 +16,4 @@ rule ablations:
     params:
         job=as_json("ablations"),
     shell:
-        "python -m pipeline.ablations --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"
+        "python -m pipeline.ablations --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} <<< {params.job:q} > {log:q} 2>&1"

@@ -15,4 +15,4 @@ rule activations:
     params:
         job=as_json("activations"),
     shell:
-        "python -m pipeline.activations --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.activations --out {output:q} --threads {threads} --device {resources.device} <<< {params.job:q} > {log:q} 2>&1"

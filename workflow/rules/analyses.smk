@@ -13,4 +13,4 @@ rule analyses:
     params:
         job=as_json("analyses"),
     shell:
-        "python -m pipeline.analyses --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.analyses --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

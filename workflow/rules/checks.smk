@@ -15,4 +15,4 @@ rule checks:
     params:
         job=as_json("checks"),
     shell:
-        "python -m pipeline.checks --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.checks --out {output:q} --threads {threads} --device {resources.device} <<< {params.job:q} > {log:q} 2>&1"

@@ -16,4 +16,4 @@ rule clean:
     params:
         job=as_json("clean"),
     shell:
-        "python -m pipeline.clean --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"
+        "python -m pipeline.clean --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} <<< {params.job:q} > {log:q} 2>&1"

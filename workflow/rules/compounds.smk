@@ -16,4 +16,4 @@ rule compounds:
     params:
         job=as_json("compounds"),
     shell:
-        "python -m pipeline.compounds --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"
+        "python -m pipeline.compounds --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} <<< {params.job:q} > {log:q} 2>&1"

@@ -16,4 +16,4 @@ rule curvatures:
     params:
         job=as_json("curvatures"),
     shell:
-        "python -m pipeline.curvatures --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"
+        "python -m pipeline.curvatures --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} <<< {params.job:q} > {log:q} 2>&1"

@@ -16,4 +16,4 @@ rule effects:
     params:
         job=as_json("effects"),
     shell:
-        "python -m pipeline.effects --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"
+        "python -m pipeline.effects --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} <<< {params.job:q} > {log:q} 2>&1"

@@ -13,4 +13,4 @@ rule errors:
     params:
         job=as_json("errors"),
     shell:
-        "python -m pipeline.errors --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.errors --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

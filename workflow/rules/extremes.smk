@@ -13,4 +13,4 @@ rule extremes:
     params:
         job=as_json("extremes"),
     shell:
-        "python -m pipeline.extremes --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.extremes --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

@@ -19,4 +19,4 @@ rule figures:
     params:
         job=as_json("figures"),
     shell:
-        "python -m pipeline.figures --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.figures --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

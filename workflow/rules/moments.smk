@@ -13,4 +13,4 @@ rule moments:
     params:
         job=as_json("moments"),
     shell:
-        "python -m pipeline.moments --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.moments --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

@@ -16,4 +16,4 @@ rule paper:
     params:
         job=as_json("paper"),
     shell:
-        "python -m pipeline.paper --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.paper --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

@@ -15,4 +15,4 @@ rule reconstructions:
     params:
         job=as_json("reconstructions"),
     shell:
-        "python -m pipeline.reconstructions --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} > {log:q} 2>&1"
+        "python -m pipeline.reconstructions --out {output:q} --threads {threads} --device {resources.device} <<< {params.job:q} > {log:q} 2>&1"

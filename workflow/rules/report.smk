@@ -14,4 +14,4 @@ rule report:
     params:
         job=as_json("report"),
     shell:
-        "python -m pipeline.report --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.report --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

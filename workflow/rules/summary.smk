@@ -14,4 +14,4 @@ rule summary:
     params:
         job=as_json("summary"),
     shell:
-        "python -m pipeline.summary --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.summary --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

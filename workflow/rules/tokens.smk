@@ -13,4 +13,4 @@ rule tokens:
     params:
         job=as_json("tokens"),
     shell:
-        "python -m pipeline.tokens --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.tokens --out {output:q} <<< {params.job:q} > {log:q} 2>&1"

@@ -16,4 +16,4 @@ rule top_tokens:
     params:
         job=as_json("top_tokens"),
     shell:
-        "python -m pipeline.top_tokens --job {params.job:q} --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} > {log:q} 2>&1"
+        "python -m pipeline.top_tokens --out {output:q} --threads {threads} --device {resources.device} --budget {resources.logits_mib} <<< {params.job:q} > {log:q} 2>&1"

@@ -13,4 +13,4 @@ rule weights:
     params:
         job=as_json("weights"),
     shell:
-        "python -m pipeline.weights --job {params.job:q} --out {output:q} > {log:q} 2>&1"
+        "python -m pipeline.weights --out {output:q} <<< {params.job:q} > {log:q} 2>&1"
