@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from jaxtyping import Float
-from scipy.optimize import least_squares
 
 from pipeline.normalised import ROWS, Sums, metric_row
 from pipeline.statistics import Bootstrap, Interval
@@ -262,6 +261,8 @@ def _model(at: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _nearest(x: np.ndarray, y: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, float]:
     """(parameters, squared error) of the law with log losses nearest to y, from a start."""
+    from scipy.optimize import least_squares  # planning reads calibrations too, and half of its imports would be this
+
     lowest = np.exp(y.min())
     bounds = np.array([(0, lowest), (-20, 5), np.log(EXPONENTS)]).T
     inside = np.clip(start, bounds[0] + 1e-9 * lowest, bounds[1] - 1e-9 * lowest)
