@@ -14,6 +14,7 @@ include: "workflow/rules/clean.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/moments.smk"
 include: "workflow/rules/reconstructions.smk"
+include: "workflow/rules/scores.smk"
 include: "workflow/rules/errors.smk"
 include: "workflow/rules/effects.smk"
 include: "workflow/rules/ablations.smk"
@@ -31,6 +32,7 @@ include: "workflow/rules/plan.smk"
 
 
 onsuccess:
+    drop([job.told for job in PLAN.jobs.values()])
     if HEADLINE.exists() and state(REPORT.as_posix()) == "current":
         print(f"\nReport: {REPORT.resolve()}\n{HEADLINE.read_text()}")
 

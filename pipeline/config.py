@@ -36,6 +36,7 @@ class Study:
     seed: int
     shards: int
     batch: int
+    keep: tuple[str, ...]
     precision: MappingProxyType
     bootstrap: MappingProxyType
     models: MappingProxyType
@@ -61,7 +62,7 @@ def load(config: dict) -> Study:
     experiments = _by_id("experiments", experiments)
     _check_shards(config["shards"], corpora, experiments)
     precision, bootstrap = MappingProxyType(config["precision"]), MappingProxyType(config["bootstrap"])
-    sizes = config["seed"], config["shards"], config["batch"]
+    sizes = config["seed"], config["shards"], config["batch"], tuple(config["keep"])
     series = _by_id("series", [_series(entry, saes) for entry in config["series"]])
     found = measures(config["metrics"], saes, experiments)
     return Study(*sizes, precision, bootstrap, models, corpora, saes, experiments, series, found)

@@ -92,6 +92,8 @@ def cost(plan: Plan, job: Job) -> Cost:
     if job.stage == "reconstructions":
         size = sae.d_sae * (sae.d_in + width)
         return Cost(FLOAT * tokens * (width + 7), 4 * tokens * size, SAE_LENS + FLOAT * size)
+    if job.stage == "scores":
+        return Cost(FLOAT * tokens * 7)
     if job.stage in ("effects", "ablations"):
         rows = _rows(settings, tokens, corpus)
         size = ROW_OF_SAE if sae else ROW

@@ -1,7 +1,7 @@
 """Jobs: one file to make each, or several in a batch; where the files are, and what a job tells its stage."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from pipeline import fingerprint
@@ -13,6 +13,7 @@ PATTERNS = {
     "activations": "results/activations/{model}/{corpus}/{hook}/{shard}.h5",
     "moments": "results/moments/{model}/{corpus}/{hook}.h5",
     "reconstructions": "results/reconstructions/{sae}/{corpus}/{shard}.h5",
+    "scores": "results/scores/{sae}/{corpus}/{shard}.h5",
     "errors": "results/errors/{sae}/{corpus}.h5",
     "effects": "results/effects/{experiment}/{sae}/{corpus}/{shard}.parquet",
     "ablations": "results/ablations/{experiment}/{model}/{corpus}/{hook}/{shard}.parquet",
@@ -32,6 +33,7 @@ PATTERNS = {
 BATCHES = {
     "activations": "results/batches/activations/{model}/{corpus}/{shard}/{batch}.json",
     "reconstructions": "results/batches/reconstructions/{model}/{corpus}/{shard}/{batch}.json",
+    "scores": "results/batches/scores/{model}/{corpus}/{shard}/{batch}.json",
     "errors": "results/batches/errors/{model}/{corpus}/{batch}.json",
     "effects": "results/batches/effects/{experiment}/{model}/{corpus}/{shard}/{batch}.json",
     "ablations": "results/batches/ablations/{experiment}/{model}/{corpus}/{shard}/{batch}.json",
@@ -41,9 +43,14 @@ BATCHES = {
 }
 
 
+# Large items that can be made again, and may be dropped when nothing needs them any more.
+DROPPABLE = ("activations", "reconstructions")
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One file to make. `settings` is the job's own part of the configuration: only what it reads."""
+    """One file to make. `settings` is the job's own part of the configuration: only what it reads. `needed_by` holds,
+    of an item that is to be dropped, the lasting items that are made from it (`Plan`)."""
 
     stage: str
     key: dict[str, str]
@@ -51,6 +58,7 @@ class Job:
     code: str
     inputs: tuple[tuple[str, "Job"], ...] = ()
     names: frozenset[str] = frozenset()
+    needed_by: "dict[str, Job]" = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -66,7 +74,14 @@ class Job:
         """What the stage is told: its settings, and what its inputs and its own code must be."""
         upstream = [[role, job.path, job.fingerprint] for role, job in self.inputs]
         told = {"stage": self.stage, "key": self.key, "settings": self.settings, "inputs": upstream, "path": self.path}
-        return told | {"names": sorted(self.names), "code": self.code, "fingerprint": self.fingerprint}
+        told |= {"names": sorted(self.names), "code": self.code, "fingerprint": self.fingerprint}
+        return told | {"needed_by": _marks(self), "drop": [[job.path, _marks(job)] for job in self.drop]}
+
+    @cached_property
+    def drop(self) -> "tuple[Job, ...]":
+        """What may be dropped when this job was the last to need it: among its inputs, and theirs if dropped too."""
+        found = [job for _, job in self.inputs if job.needed_by]
+        return tuple(dict.fromkeys([*found, *(each for job in found for each in job.drop)]))
 
     @cached_property
     def jobs(self) -> tuple["Job", ...]:
@@ -76,6 +91,11 @@ class Job:
     @cached_property
     def json(self) -> str:
         return json.dumps([self.told], sort_keys=True)
+
+
+def _marks(job: Job) -> list[list[str]]:
+    """The items that need a job's file, each with its fingerprint."""
+    return [[each.path, each.fingerprint] for each in job.needed_by.values()]
 
 
 @dataclass(frozen=True, eq=False)

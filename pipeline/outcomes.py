@@ -86,11 +86,11 @@ def _members(plan: "Plan") -> set[str]:
 
 def summary(plan: "Plan") -> Job:
     """Of the experiments that replace every token, and of all SAEs that are run alone."""
-    reconstructions = _reconstructions(plan)
-    saes = dict.fromkeys((job.key["sae"], job.key["corpus"]) for job in reconstructions)
+    scores = _scores(plan)
+    saes = dict.fromkeys((job.key["sae"], job.key["corpus"]) for job in scores)
     inputs = [("tokens", plan.tokens(*pair)) for pair in _pairs(plan, [e for e in _experiments(plan) if e.saes])]
     inputs += [(job.stage, job) for job in _tables(plan, [e for e in _experiments(plan) if e.scope == "all"])]
-    inputs += [("reconstructions", job) for job in reconstructions]
+    inputs += [("scores", job) for job in scores]
     for sae, corpus in ((plan.study.saes[sae], corpus) for sae, corpus in saes):
         inputs += [("moments", plan.moments(sae.model, corpus, sae.write))]
     return plan.make("summary", {}, _bootstrap(plan), list(dict.fromkeys(inputs)))
@@ -166,7 +166,7 @@ def figures(plan: "Plan") -> list[str]:
         "effects": bool([job for job in _tables(plan, _paired(plan)) if job.stage == "effects"]),
         "extremes": any(experiment.examples for experiment in _experiments(plan)),
         "top_tokens": any(experiment.examples for experiment in _experiments(plan)),
-        "saes": bool(_reconstructions(plan)),
+        "saes": bool(_scores(plan)),
         "series": bool(plan.study.series),
     }
     has |= {name: bool(about(plan, name)) for name in plan.analyses}
@@ -243,7 +243,7 @@ def _doses(experiment: Experiment) -> list[float]:
 
 
 def _reconstructed(plan: "Plan") -> set[str]:
-    return {job.key["sae"] for job in _reconstructions(plan)}
+    return {job.key["sae"] for job in _scores(plan)}
 
 
 def _in_series(plan: "Plan") -> set[str]:
@@ -254,8 +254,8 @@ def _tables(plan: "Plan", experiments: list[Experiment]) -> list[Job]:
     return [job for job in plan.rows(experiments) if job.stage in ("effects", "ablations")]
 
 
-def _reconstructions(plan: "Plan") -> list[Job]:
-    return [job for job in plan.rows(_experiments(plan)) if job.stage == "reconstructions"]
+def _scores(plan: "Plan") -> list[Job]:
+    return [job for job in plan.rows(_experiments(plan)) if job.stage == "scores"]
 
 
 def _checks(plan: "Plan") -> list[Job]:

@@ -4,23 +4,26 @@ Pure functions of the configuration, of the content of its files and of the code
 the tests alike. A job is handed to its stage as one JSON string, which is also what Snakemake compares between runs.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, wraps
 from itertools import product
 from pathlib import Path
 
 from pipeline import fingerprint, outcomes
-from pipeline.config import Study
+from pipeline.config import BATCH, Study
 from pipeline.experiments import Experiment, sets_of
 from pipeline.hooks import Hook
 from pipeline.inputs import Sae
-from pipeline.jobs import BATCHES, Batch, Job
+from pipeline.jobs import BATCHES, DROPPABLE, Batch, Job
 from pipeline.labels import ARGUMENTS, COMPONENTS, OF_A_HEAD, OF_AN_SAE, PAIR, label, parsed
 
 # The control of the patch and of the resume path: cheap, and every job that patches runs its own.
 CONTROL = "identity"
 # How many of the clean run's most probable tokens are shown.
 TOP = 25
+# Which features are dense is told from the corpus's first contexts: so many, whatever shard is made.
+DENSE_CONTEXTS = 64
 
 
 def once(method: Callable[..., Job]) -> Callable[..., Job]:
@@ -52,6 +55,7 @@ class Plan:
         self._tokenizer, self._rows = cache(self._tokenizer_of), cache(self._rows_of)
         self.targets = self._targets()
         self.jobs = {job.path: job for job in self._made.values()}
+        self._note_needs()
         self._batch_of = {job.path: batch for batch in self._batches() for job in batch.jobs}
         self.steps: dict[str, Job | Batch] = {self.step(job).path: self.step(job) for job in self.jobs.values()}
 
@@ -75,6 +79,15 @@ class Plan:
                 made.add(self.step(job).path)
                 asked.update(upstream.path for _, upstream in job.inputs)
         return made
+
+    def _note_needs(self) -> None:
+        """Of every item that is to be dropped, what lasts of all that is made from it."""
+        dropped = set(DROPPABLE) - set(self.study.keep)
+        for job in reversed(self.jobs.values()):  # each before its inputs
+            lasting = job.needed_by if job.stage in dropped else {job.path: job}
+            for _, upstream in job.inputs:
+                if upstream.stage in dropped:
+                    upstream.needed_by.update(lasting)
 
     def _targets(self) -> list[Job]:
         """The report, and every item below it: a lost or stale item is found even when the report looks finished."""
@@ -147,11 +160,24 @@ class Plan:
     def reconstructions(self, sae: Sae, corpus: str, shard: str) -> Job:
         inputs = [("read", self.activations(sae.model, corpus, sae.read, shard))]
         inputs += [("write", self.activations(sae.model, corpus, sae.write, shard))]
-        inputs += [("density", self.activations(sae.model, corpus, sae.read, each)) for each in self.shards]
+        inputs += [("density", self.activations(sae.model, corpus, sae.read, each)) for each in self._first(corpus)]
         inputs += [("tokens", self.tokens(sae.model, corpus))]
-        settings = self._source(sae.source) | {"model": sae.model}
+        settings = self._source(sae.source) | {"model": sae.model, "dense_contexts": DENSE_CONTEXTS}
         settings |= {"read": sae.read.name, "write": sae.write.name}
         return self.make("reconstructions", {"sae": sae.id, "corpus": corpus, "shard": shard}, settings, inputs)
+
+    def _first(self, corpus: str) -> list[str]:
+        """The shards that hold the first contexts, from which dense features are told."""
+        batches = (self.study.corpora[corpus].contexts or math.inf) / BATCH
+        if math.isinf(batches):
+            return self.shards
+        starts = (BATCH * (math.ceil(batches) * i // self.study.shards) for i in range(self.study.shards))
+        return [shard for shard, start in zip(self.shards, starts, strict=True) if start < DENSE_CONTEXTS]
+
+    @once
+    def scores(self, sae: Sae, corpus: str, shard: str) -> Job:
+        inputs = [("reconstructions", self.reconstructions(sae, corpus, shard))]
+        return self.make("scores", {"sae": sae.id, "corpus": corpus, "shard": shard}, {"model": sae.model}, inputs)
 
     @once
     def errors(self, sae: Sae, corpus: str) -> Job:
@@ -369,7 +395,7 @@ class Plan:
             return [self.compounds(experiment, sae.model, corpus, shard)] if wanted else []
         made = []
         if self._sae_labels(experiment):
-            made += [self.effects(experiment, sae, corpus, shard), self.reconstructions(sae, corpus, shard)]
+            made += [self.effects(experiment, sae, corpus, shard), self.scores(sae, corpus, shard)]
             made += [self.curvatures(experiment, sae, corpus)] if experiment.curvature else []
             made += [self.extremes(experiment, sae, corpus)] if experiment.examples else []
             made += [self.top_tokens(experiment, sae, corpus)] if experiment.examples else []

@@ -9,9 +9,8 @@ from pipeline.stage import Call, log, run_batch
 from pipeline.types import Acts
 
 PER_TOKEN = ("l0", "l1", "norm", "sae_norm", "eps", "cos", "dense")
-# A feature is dense if it fires on more than this share of the ordinary tokens of the corpus's first contexts: so many,
-# whatever shard is made.
-DENSE, CONTEXTS = 0.1, 64
+# A feature is dense if it fires on more than this share of the ordinary tokens of the corpus's first contexts.
+DENSE = 0.1
 AXES = {"x_hat": "seq pos d", "feature_count": "feature", **dict.fromkeys(PER_TOKEN, "seq pos")}
 BIAS_AXES = {True: {"bias": "seq pos d"}, False: {"bias": "d"}}  # by whether it is each token's own
 
@@ -36,13 +35,14 @@ def per_token(x: Acts, x_hat: Acts, features: Tensor, dense: Tensor) -> dict[str
 def dense_features(sae: saes.Autoencoder, call: Call) -> Tensor:
     """The numbers of the dense features, ` feature`."""
     counts, tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=call.device), 0
+    contexts = call.settings["dense_contexts"]
     for first, x in moments.batches(call.inputs["density"], "activation"):
-        for start, stop in batches.ranges(0, min(len(x), CONTEXTS - first)):
+        for start, stop in batches.ranges(0, min(len(x), contexts - first)):
             features = sae.encode(batches.filled(torch.from_numpy(x[start:stop]).to(call.device)))
             ordinary = _ordinary(call, first + start, first + stop)
             counts += (features[: stop - start][ordinary] != 0).sum(0)
             tokens += int(ordinary.sum())
-        if first + len(x) >= CONTEXTS:
+        if first + len(x) >= contexts:
             break
     return (counts > DENSE * tokens).nonzero().squeeze(1)
 

@@ -68,7 +68,7 @@ def run_batch(stage: str, work: Callable[[list[Call]], None]) -> None:
     """
 
     def several(items: list[dict], arguments: argparse.Namespace) -> None:
-        pending = [item for item in items if not store.is_current(Path(item["path"]), item["fingerprint"])]
+        pending = [item for item in items if _is_pending(item)]
         log.info("%s: %d of %d items to make", stage, len(pending), len(items))
         calls = [_call(stage, item, arguments) for item in pending]
         try:
@@ -83,6 +83,25 @@ def run_batch(stage: str, work: Callable[[list[Call]], None]) -> None:
         store.write_text(arguments.outputs[0], stamp + "\n")
 
     _main(stage, several)
+
+
+def _is_pending(item: dict) -> bool:
+    """Whether an item's file has to be made: that of one to be dropped only while something needs it."""
+    made = store.is_current(Path(item["path"]), item["fingerprint"])
+    return not made and not (item["needed_by"] and _all_made(item["needed_by"]))
+
+
+def _all_made(marks: list[list[str]]) -> bool:
+    return all(store.is_current(Path(path), mark) for path, mark in marks)
+
+
+def drop(items: list[dict]) -> None:
+    """Remove those inputs of the items that are to be dropped and that nothing needs any more."""
+    needed_by = {path: marks for item in items for path, marks in item["drop"]}
+    for path, marks in needed_by.items():
+        if Path(path).exists() and _all_made(marks):
+            Path(path).unlink(missing_ok=True)
+            log.info("dropped %s, which nothing needs any more", path)
 
 
 def _one_by_one(calls: list[Call], work: Callable[[list[Call]], None]) -> None:
@@ -106,6 +125,7 @@ def _main(stage: str, work: Callable[[list[dict], argparse.Namespace], None]) ->
     items, began = json.load(sys.stdin), time.monotonic()
     try:
         work(items, arguments)
+        drop(items)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
         raise SystemExit(1) from None

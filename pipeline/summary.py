@@ -47,10 +47,8 @@ def work(call: Call) -> None:
     special = _special(call.inputs.get("tokens", []))
     boot = _bootstraps(call, special)
     effects = [row for place, paths in _places(call).items() for row in effect_rows(place, paths, special, boot)]
-    saes = [
-        sae_row(paths, call.inputs["moments"], special, boot)
-        for paths in _by_sae(call.inputs.get("reconstructions", []))
-    ]
+    by_sae = _by_sae(call.inputs.get("scores", []))
+    saes = [sae_row(paths, call.inputs["moments"], special, boot) for paths in by_sae]
     made_with = _made_with([path for paths in call.inputs.values() for path in paths])
     # The table whose fingerprint is looked at goes last: when it is there, the other one is.
     for rows, schema, path in reversed(list(zip((effects, saes), (EFFECTS, SAES), call.outputs, strict=True))):
@@ -162,7 +160,7 @@ def _named(name: str, interval: Interval) -> dict[str, float]:
 
 
 def _by_sae(paths: list[Path]) -> list[list[Path]]:
-    """Shards of reconstructions, grouped by SAE and corpus."""
+    """Shards of scores, grouped by SAE and corpus."""
     groups = defaultdict(list)
     for path in paths:
         groups[path.parent].append(path)

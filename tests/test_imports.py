@@ -42,7 +42,7 @@ LAYERS = (
     ("engine",),
     ("sets",),
     ("tokens", "weights", "clean", "activations", "moments", "curvatures", "extremes", "top_tokens"),
-    ("reconstructions", "errors", "correlates"),
+    ("reconstructions", "scores", "errors", "correlates"),
     ("sources",),
     ("effects", "compounds", "checks", "summary", "analyses", "paper", "figures", "report"),
     ("ablations",),  # The same measurement as effects, without an SAE.

@@ -307,20 +307,20 @@ def test_the_summary_is_of_the_experiments_that_replace_every_token_and_of_all_s
     inputs = outcomes.summary(whole).inputs
     tables = {upstream.key["experiment"] for role, upstream in inputs if role in ("effects", "ablations")}
     assert tables == {"main", "ladder", "dark", "dose"}
-    assert {upstream.key["sae"] for role, upstream in inputs if role == "reconstructions"} == {"early", "late", "coder"}
+    assert {upstream.key["sae"] for role, upstream in inputs if role == "scores"} == {"early", "late", "coder"}
     assert len(inputs) == len(set(inputs))
 
 
 @pytest.mark.parametrize("kind", ["single", "draws"])
 def test_saes_of_single_positions_are_in_the_table_of_saes(every, kind):
     inputs = outcomes.summary(planned(every, KINDS[kind])).inputs
-    assert {role for role, _ in inputs} == {"tokens", "reconstructions", "moments"}
+    assert {role for role, _ in inputs} == {"tokens", "scores", "moments"}
 
 
 def test_sets_alone_need_no_reconstructions_moments_or_activations(every):
     made = planned(every, KINDS["together"])
     assert {role for role, _ in outcomes.summary(made).inputs} == {"tokens"}
-    assert not {"reconstructions", "moments", "activations"} & {job.stage for job in made.jobs.values()}
+    assert not {"reconstructions", "scores", "moments", "activations"} & {job.stage for job in made.jobs.values()}
 
 
 def test_the_report_shows_every_figure_analysis_example_and_check(whole):

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from pipeline import config, fingerprint, measures
 from pipeline.batches import BATCH, shard_bounds
-from pipeline.jobs import BATCHES, PATTERNS, Batch
-from pipeline.plan import Plan
+from pipeline.jobs import BATCHES, DROPPABLE, PATTERNS, Batch
+from pipeline.plan import DENSE_CONTEXTS, Plan
 
 AGGREGATES = {"summary", "paper", "figures", "report"}
-ROWS = {"reconstructions", "effects", "ablations"}
+ROWS = {"scores", "effects", "ablations"}
+OF_A_SHARD = {"clean", "activations", "reconstructions"} | ROWS
 KINDS = {entry["id"]: entry for entry in experiments()}
 
 
@@ -89,7 +90,7 @@ def test_another_number_of_shards_gives_other_files(tmp_path):
     configuration = study(tmp_path)
     one, two = plan(configuration).jobs, plan(configuration | {"shards": 2}).jobs
     sharded = {path for path in one if "0-of-1" in path}
-    assert {one[path].stage for path in sharded} == {"clean", "activations", "reconstructions", "effects", "ablations"}
+    assert {one[path].stage for path in sharded} == OF_A_SHARD
     assert not sharded & two.keys()
     assert {path.replace("0-of-1", "1-of-2") for path in sharded} <= two.keys()
 
@@ -105,7 +106,8 @@ def test_another_sae_makes_nothing_again_but_the_summary_and_what_shows_it(tmp_p
     assert changed_stages(before, after) == {"checks", "analyses"} | AGGREGATES
     new = {after[path].stage for path in after.jobs.keys() - before.jobs.keys()}
     of_the_hook = set() if hook == HOOK else {"activations", "moments", "ablations"}
-    assert new == {"reconstructions", "effects", "figures"} | of_the_hook  # the verdicts are those of three SAEs
+    # The verdicts are those of three SAEs.
+    assert new == {"reconstructions", "scores", "effects", "figures"} | of_the_hook
 
 
 def test_another_experiment_makes_nothing_again_but_the_summary_and_what_shows_it(tmp_path):
@@ -120,17 +122,17 @@ def test_another_experiment_makes_nothing_again_but_the_summary_and_what_shows_i
     [
         (
             lambda c, folder: sae(folder / "late", hook="blocks.2.hook_resid_pre", k=3),
-            {"reconstructions", "effects", "checks"},
+            {"reconstructions", "scores", "effects", "checks"},
         ),
         (lambda c, folder: c["experiments"][0].update(patch_special=True), {"effects", "ablations", "checks"}),
         (lambda c, folder: c.update(bootstrap={"samples": 100}), set()),
         (
             lambda c, folder: c["models"][0].update(processing={"center_unembed": True}),
-            {"weights", "clean", "activations", "moments", "checks"} | ROWS,
+            {"weights", "moments", "checks"} | OF_A_SHARD,
         ),
         (
             lambda c, folder: c["corpora"][0].update(prepend_bos=False),
-            {"tokens", "clean", "activations", "moments", "checks"} | ROWS,
+            {"tokens", "moments", "checks"} | OF_A_SHARD,
         ),
     ],
     ids=["content of an SAE", "patched special tokens", "bootstrap", "processing", "packing"],
@@ -277,10 +279,11 @@ OWN = {
     "atlas": {"ablations", "checks"},
 }
 MODEL = {"tokens", "weights", "clean"}
-SHARED = {name: {*MODEL, "activations", "reconstructions", "moments"} for name in OWN}  # moments: of the summary
+# Scores and moments are of the summary.
+SHARED = {name: {*MODEL, "activations", "reconstructions", "scores", "moments"} for name in OWN}
 SHARED |= {name: SHARED[name] | {"errors"} for name in ("ladder", "dark")} | {"together": MODEL}
 SHARED |= {name: SHARED[name] | {"paper"} for name in ("main", "ladder", "dark")}  # SAEs alone, at every token
-SHARED |= {"atlas": SHARED["atlas"] - {"reconstructions"}}
+SHARED |= {"atlas": SHARED["atlas"] - {"reconstructions", "scores"}}
 
 
 @pytest.mark.parametrize("kind", OWN)
@@ -291,7 +294,7 @@ def test_an_experiment_has_its_own_jobs_and_what_they_are_made_from_and_no_other
     rest = {job.stage for job in made.jobs.values() if "experiment" not in job.key}
     assert rest - {"summary", "analyses", "figures", "report"} == SHARED[kind]
     assert {job.path for job in made.targets} == {
-        job.path for job in made.jobs.values() if job.stage in (OWN[kind] - {"checks"}) | {"report", "reconstructions"}
+        job.path for job in made.jobs.values() if job.stage in (OWN[kind] - {"checks"}) | {"report", "scores"}
     }
 
 
@@ -479,7 +482,8 @@ def test_a_new_sae_computes_its_own_and_leaves_all_others_current(every, whole, 
     before, after = whole, plan(more)
     shown = {"checks main", "checks single", "analyses single_positions"} | METRICS | SUMMARY  # it is in no family
     assert again(before, after) == shown | {"analyses curvature", "analyses correlations"}
-    own = {"reconstructions", "effects main", "effects single", "curvatures main", "extremes main", "top_tokens main"}
+    own = {"reconstructions", "scores", "effects main", "effects single"}
+    own |= {"curvatures main", "extremes main", "top_tokens main"}
     of_the_hook = {"activations", "moments", "ablations main", "ablations single"}
     assert new(before, after) == own | (set() if hook == HOOK else of_the_hook)
     made = {job.key.get("sae", "third") for path, job in after.jobs.items() if path not in before.jobs}
@@ -858,7 +862,7 @@ def test_a_missing_result_is_made_again_and_nothing_else(tmp_path, stage):
 
 @pytest.mark.parametrize(
     "stage",
-    ["tokens", "weights", "clean", "activations", "moments", "summary", "analyses", "paper", "figures", "checks"],
+    [*sorted(MODEL), "activations", "reconstructions", "moments", "summary", "analyses", "paper", "figures", "checks"],
 )
 def test_what_is_missing_and_asked_for_by_nothing_is_not_made(tmp_path, stage):
     made = plan(study(tmp_path))
@@ -885,7 +889,7 @@ def test_what_is_missing_and_asked_for_is_made_all_the_way_up(tmp_path):
         ({}, None),
         ({"blocks": "float32"}, None),
         ({"difference": "tf32"}, {"effects", "ablations", "checks"}),
-        ({"blocks": "tf32"}, {"clean", "activations", "moments", "checks"} | ROWS),
+        ({"blocks": "tf32"}, {"moments", "checks"} | OF_A_SHARD),
     ],
     ids=["nothing", "the default", "difference", "blocks"],
 )
@@ -893,3 +897,60 @@ def test_another_precision_makes_again_what_is_computed_in_it(tmp_path, precisio
     configuration = study(tmp_path)
     before, after = plan(configuration), plan(configuration | {"precision": precision})
     assert changed_stages(before, after) == (stages | AGGREGATES | {"analyses"} if stages else set())
+
+
+# What is dropped when it is consumed (`keep`).
+
+
+def test_what_is_kept_is_needed_by_nothing_that_a_stage_would_look_at(whole):
+    assert not any(job.told["needed_by"] or job.told["drop"] for job in whole.jobs.values())
+
+
+def consumers(made, path):
+    """All lasting items that are made from a file, directly or through another that is dropped."""
+    found = set()
+    for job in made.jobs.values():
+        if path in {upstream.path for _, upstream in job.inputs}:
+            found |= consumers(made, job.path) if job.stage in DROPPABLE else {job.path}
+    return found
+
+
+def test_a_dropped_item_is_needed_by_all_that_lasts_of_it_however_far_down(every, whole):
+    made = plan(every | {"keep": [], "shards": 2})
+    for job in made.jobs.values():
+        expected = consumers(made, job.path) if job.stage in DROPPABLE else set()
+        assert job.needed_by.keys() == expected
+        assert job.told["needed_by"] == [[path, made[path].fingerprint] for path in job.needed_by]
+    assert plan(every | {"keep": []}).jobs.keys() == whole.jobs.keys()
+    assert changed_stages(whole, plan(every | {"keep": []})) == set()
+
+
+def test_the_last_that_needs_an_item_is_told_that_it_may_go(every):
+    made = plan(every | {"keep": []})
+    for job in made.jobs.values():
+        told = {path: [mark[0] for mark in marks] for path, marks in job.told["drop"]}
+        assert all(told[path] == list(made[path].needed_by) for path in told)
+        if job.stage not in DROPPABLE:
+            assert {path for path in made.jobs if job.path in made[path].needed_by} == told.keys()
+
+
+def test_reconstructions_alone_are_dropped_where_activations_are_kept(every):
+    made = plan(every | {"keep": ["activations"]})
+    assert {job.stage for job in made.jobs.values() if job.needed_by} == {"reconstructions"}
+
+
+@pytest.mark.parametrize(
+    ("contexts", "shards", "read"),
+    [(None, 4, 4), (64, 4, 4), (65, 4, 4), (128, 4, 2), (136, 4, 2), (2048, 4, 1), (2048, 1, 1)],
+)
+def test_dense_features_are_told_from_the_shards_of_the_first_contexts(tmp_path, contexts, shards, read):
+    configuration = study(tmp_path) | {"shards": shards}
+    configuration["corpora"][0]["contexts"] = contexts
+    if contexts is None:
+        del configuration["corpora"][0]["contexts"]
+    made = plan(configuration)
+    for job in of("reconstructions", made.jobs):
+        asked = [upstream.key["shard"] for role, upstream in job.inputs if role == "density"]
+        assert asked == made.shards[:read]
+    bounds = [shard_bounds(contexts or 10**6, shard)[0] for shard in made.shards]
+    assert contexts is None or sum(first < DENSE_CONTEXTS for first in bounds) == read

@@ -71,7 +71,9 @@ def stored(width=D_IN, seed=0):
     return x * np.arange(1, SEQUENCES + 1, dtype=np.float32)[:, None, None]
 
 
-def asked(folder, module, read, write, first=0, special=None, read_at=HOOK, write_at=HOOK, density=None):
+def asked(
+    folder, module, read, write, first=0, special=None, read_at=HOOK, write_at=HOOK, density=None, dense_contexts=64
+):
     """The call of the stage on a saved SAE, for activations that begin with the sequence `first` of the corpus; the
     corpus's first contexts are `density`, or the same."""
     special = np.zeros((first + len(read), POSITIONS)) if special is None else special
@@ -82,6 +84,7 @@ def asked(folder, module, read, write, first=0, special=None, read_at=HOOK, writ
     density = arrays(folder / "density.h5", "seq pos d", {"activation": read if density is None else density}, first=0)
     inputs["density"] = [density]
     settings = {"path": str(folder / "sae"), "content": "c0de", "model": "tiny", "read": read_at, "write": write_at}
+    settings["dense_contexts"] = dense_contexts
     key = {"sae": "early", "corpus": "story", "shard": "0-of-1"}
     return call([folder / "made.h5"], inputs, key, **settings)
 
@@ -157,11 +160,10 @@ def test_a_shard_gives_the_bits_that_the_whole_gives(tmp_path):
 
 
 def test_dense_features_are_those_of_ordinary_tokens_of_the_first_contexts(tmp_path, monkeypatch):
-    monkeypatch.setattr(reconstructions, "CONTEXTS", 3)
     monkeypatch.setattr(reconstructions, "DENSE", 0.5)
     x, special = stored(), np.zeros((16 + SEQUENCES, POSITIONS), bool)
     special[:, 0] = special[1] = True  # 8 ordinary tokens are left of the first three contexts
-    asking = asked(tmp_path, random_sae("standard"), 9 * x, 9 * x, 16, special, density=x)
+    asking = asked(tmp_path, random_sae("standard"), 9 * x, 9 * x, 16, special, density=x, dense_contexts=3)
     found, _ = worked(asking)
     sae = saes.load_folder(tmp_path / "sae")
     ordinary = sae(torch.from_numpy(x)).features[:3][torch.from_numpy(~special[:3])]

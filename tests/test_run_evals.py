@@ -27,7 +27,19 @@ from sae_lens.util import get_special_token_ids
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import activations, clean, config, corpora, effects, moments, reconstructions, summary, tokens, weights
+from pipeline import (
+    activations,
+    clean,
+    config,
+    corpora,
+    effects,
+    moments,
+    reconstructions,
+    scores,
+    summary,
+    tokens,
+    weights,
+)
 from pipeline.batches import BATCH
 from pipeline.hooked import Hooked
 from pipeline.jobs import BATCHES, Job
@@ -47,7 +59,12 @@ SAME, SAME_SCORE = 5e-6, 2e-5
 # Where definitions differ, the numbers must by more than any rounding; the least difference here is 2.3e-4.
 APART = 1e-4
 STAGES = {"tokens": tokens.work, "weights": weights.work, "clean": clean.work, "activations": activations.work}
-STAGES |= {"moments": moments.work, "reconstructions": reconstructions.work, "summary": summary.work}
+STAGES |= {
+    "moments": moments.work,
+    "reconstructions": reconstructions.work,
+    "scores": scores.work,
+    "summary": summary.work,
+}
 STAGES |= {"effects": effects.work, "ablations": effects.work}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of sae_lens, about kwargs and tensors

@@ -26,6 +26,7 @@ def job(path, inputs=(), stage="moments", names=(), mark="ffff", **key):
     code = fingerprint.code_digest(stage, frozenset(names))
     told = {"stage": stage, "key": key or {"model": "tiny"}, "settings": {"seed": 3}, "names": list(names)}
     given = [[role, str(name), expected] for role, name, expected in inputs]
+    told |= {"needed_by": [], "drop": []}
     return told | {"inputs": given, "path": str(path), "code": code, "fingerprint": mark}
 
 
@@ -157,6 +158,38 @@ def test_a_job_may_be_longer_than_an_argument_of_a_command(tmp_path, monkeypatch
         )
     assert len(item) > 2**18
     assert "results/it's 0.h5' of 'moments' is missing" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("run", [stage.run, stage.run_batch])
+@pytest.mark.parametrize(("mark", "stays"), [("aaaa", False), ("bbbb", True)])
+def test_the_last_that_needed_an_input_drops_it(tmp_path, monkeypatch, run, mark, stays):
+    """That is where all that is made from it is there with the fingerprint that was planned."""
+    large, last = array(tmp_path / "large.h5", "1a46e"), array(tmp_path / "last.h5", "ffff")
+    other = array(tmp_path / "other.h5", "aaaa")
+    item = job(last, [("activations", large, "1a46e")])
+    item["drop"] = [[str(large), [[str(last), "ffff"], [str(other), mark]]]]
+    start(monkeypatch, [item], lambda call: None, run=run, out=tmp_path / "new.h5")
+    assert large.exists() == stays
+
+
+def test_what_fails_drops_nothing(tmp_path, monkeypatch, caplog):
+    large, last = array(tmp_path / "large.h5", "1a46e"), array(tmp_path / "last.h5", "ffff")
+    item = job(last, [("activations", large, "1a46e")]) | {"drop": [[str(large), [[str(last), "ffff"]]]]}
+
+    def work(call):
+        raise ValueError("no")
+
+    assert refused(monkeypatch, caplog, [item], work) == "error: no"
+    assert large.exists()
+
+
+@pytest.mark.parametrize(("mark", "asked_for"), [("aaaa", []), ("bbbb", ["0.h5"])])
+def test_a_dropped_item_is_made_only_while_something_needs_it(tmp_path, monkeypatch, mark, asked_for):
+    made = array(tmp_path / "made.h5", "aaaa")
+    item = job(tmp_path / "0.h5") | {"needed_by": [[str(made), mark]]}
+    found = []
+    start(monkeypatch, [item], lambda calls: found.extend(call.output.name for call in calls), run=stage.run_batch)
+    assert found == asked_for
 
 
 # Stages that make several items a job.

@@ -183,7 +183,7 @@ def fit(folder, x, x_hat, cuts=(0, 6), counts=(1, 1, 1, 1), **per_token):
         path, part = folder / f"{i}.h5", {name: value[first:last] for name, value in values.items()}
         part["feature_count"] = np.array(counts) * (i == 0)
         parts += [arrays(path, "seq pos", part, first=first, **labels, model="tiny", corpus="story")]
-    (row,) = summarise(folder, moments=[folder / "moments.h5"], reconstructions=parts)[1].rows(named=True)
+    (row,) = summarise(folder, moments=[folder / "moments.h5"], scores=parts)[1].rows(named=True)
     return row
 
 
@@ -227,7 +227,7 @@ def test_a_feature_is_dead_when_it_never_fires_and_dense_above_a_tenth_of_the_to
     assert (row["dead_features"], row["dense_features"]) == (1 / 5, 2 / 5)
 
 
-def test_two_shards_of_reconstructions_give_the_same_row_as_one(tmp_path):
+def test_two_shards_of_scores_give_the_same_row_as_one(tmp_path):
     x = activation(5)
     x_hat, l0 = x * np.linspace(0.5, 1, 5, dtype=np.float32)[None, :, None], np.arange(30.0, dtype=np.float32)
     one, two = (fit(tmp_path, x, x_hat, cuts, l0=l0.reshape(6, 5)) for cuts in ((0, 6), (0, 4, 6)))
@@ -235,6 +235,6 @@ def test_two_shards_of_reconstructions_give_the_same_row_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("last", [1, 4])  # numpy would repeat a single sequence to stand for all
-def test_a_missing_shard_of_reconstructions_is_an_error(tmp_path, last):
+def test_a_missing_shard_of_scores_is_an_error(tmp_path, last):
     with pytest.raises(ValueError, match="expected"):
         fit(tmp_path, activation(5), activation(5), cuts=(0, last))

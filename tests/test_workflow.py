@@ -164,7 +164,7 @@ NEW = {"id": "new", "path": "demo/saes/resid3-l1-2"}
 
 def test_a_new_sae_adds_its_own_reconstructions_and_effects_and_nothing_else(finished):
     config = with_config(finished, saes=lambda saes: [NEW, *saes])
-    assert wanted(finished, config=config) == {"reconstructions": 1, "effects": 1, **OF_THREE}
+    assert wanted(finished, config=config) == {"reconstructions": 1, "scores": 1, "effects": 1, **OF_THREE}
 
 
 def test_when_a_new_sae_is_run_no_other_item_is_touched(finished, tmp_path):
@@ -178,7 +178,7 @@ def test_when_a_new_sae_is_run_no_other_item_is_touched(finished, tmp_path):
     assert {path.rpartition(".")[0] for path in after.keys() - before.keys()} == new
     for stage, place in (("reconstructions", "demo"), ("effects", "main/demo")):
         assert "1 of 3 items to make" in log(project, f"{stage}/{place}/heldout/0-of-1/0")
-    assert wanted(project, config=config) == OF_THREE
+    assert wanted(project, config=config) == {"scores": 1, **OF_THREE}
 
 
 def test_a_new_experiment_adds_its_own_effects_and_nothing_else(finished):
@@ -269,12 +269,13 @@ def test_new_weights_under_the_same_path_rerun_everything_of_that_sae(finished, 
     config = with_config(finished, saes=lambda saes: [saes[0] | {"path": str(tmp_path / "sae")}, saes[1]])
     same = wanted(finished, config=config)  # the path is part of the provenance
     shutil.copy(ROOT / "demo/saes/resid3-l1-2/sae_weights.safetensors", tmp_path / "sae")
-    assert wanted(finished, config=config) == same == {"reconstructions": 1, "effects": 1, **AFTERWARDS}
+    assert wanted(finished, config=config) == same == {"reconstructions": 1, "scores": 1, "effects": 1, **AFTERWARDS}
 
 
 ITEMS = {
     "activations": "results/activations/demo/heldout/blocks.3.hook_resid_pre/0-of-1.h5",
     "reconstructions": "results/reconstructions/resid/heldout/0-of-1.h5",
+    "scores": "results/scores/resid/heldout/0-of-1.h5",
     "effects": "results/effects/main/resid/heldout/0-of-1.parquet",
     "ablations": "results/ablations/main/demo/heldout/blocks.3.hook_resid_pre/0-of-1.parquet",
 }
@@ -295,7 +296,7 @@ def damaged(project: Path, stage: str, damage: str) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
-@pytest.mark.parametrize("stage", ["reconstructions", "effects", "ablations"])
+@pytest.mark.parametrize("stage", ["scores", "effects", "ablations"])
 def test_a_lost_or_damaged_item_is_wanted_again_and_what_is_current_is_not(finished, stage, damage):
     path = finished / ITEMS[stage]
     before, times = path.read_bytes(), path.stat()
@@ -311,16 +312,38 @@ def test_a_lost_or_damaged_item_is_wanted_again_and_what_is_current_is_not(finis
 def test_only_the_lost_and_damaged_items_are_made_again_and_as_they_were(finished, tmp_path):
     project = copy_run(finished, tmp_path / "damaged")
     before = items(project)
-    damage = {"reconstructions": "missing", "effects": "truncated", "ablations": "foreign"}
+    damage = {"reconstructions": "truncated", "scores": "missing", "effects": "truncated", "ablations": "foreign"}
     for stage, kind in damage.items():
         damaged(project, stage, kind)
     ran(project)
     after = items(project)
     assert made(before, after) == {ITEMS[stage] for stage in damage}
     assert contents(after) == contents(before)
-    for stage, place in (("reconstructions", "demo"), ("effects", "main/demo"), ("ablations", "main/demo")):
+    for stage, place in (("scores", "demo"), ("effects", "main/demo"), ("ablations", "main/demo")):
         assert "1 of 2 items to make" in log(project, f"{stage}/{place}/heldout/0-of-1/0")
     assert wanted(project) == {}
+
+
+def test_what_is_not_kept_goes_when_it_is_consumed_and_comes_back_where_it_is_asked_for(finished, tmp_path):
+    project = copy_run(finished, tmp_path / "dropped")
+    before = items(project)
+    (project / ITEMS["effects"]).unlink()
+    thrifty = with_config(project, keep=lambda _: [])
+    ran(project, "--until", "effects", config=thrifty)
+    after = items(project)
+    gone = {path for path in before if path.split("/")[1] in ("activations", "reconstructions")}
+    assert after.keys() == before.keys() - gone
+    assert contents(after) == {path: content for path, content in contents(before).items() if path not in gone}
+    assert wanted(project, config=thrifty) == {}
+    new = with_config(
+        project,
+        thrifty,
+        experiments=lambda each: [*each, {"id": "new", "interventions": ["sae_norm"], "saes": ["resid"]}],
+    )
+    ran(project, "--until", "effects", config=new)
+    assert made(after, items(project)) == {"results/effects/new/resid/heldout/0-of-1.parquet"}
+    for stage in ("activations", "reconstructions"):
+        assert "1 of" in log(project, f"{stage}/demo/heldout/0-of-1/0")
 
 
 def test_lost_activations_are_made_again_only_when_something_needs_them(finished, tmp_path):
@@ -467,7 +490,7 @@ def test_an_sae_that_gives_no_numbers_fails_by_name_and_the_others_of_its_batch_
     shutil.copytree(ROOT / "demo/saes/resid3-l1-2", tmp_path / "sae")
     weights = tmp_path / "sae/sae_weights.safetensors"
     save_file({name: 1e30 * tensor for name, tensor in load_file(weights).items()}, weights)
-    damaged(project, "reconstructions", "missing")
+    damaged(project, "reconstructions", "truncated")
     bad = {"id": "broken", "path": str(tmp_path / "sae")}
     config = with_config(project, saes=lambda saes: [bad, *saes])
     run = snakemake(project, "--cores", "2", "--until", "reconstructions", config=config)

@@ -14,6 +14,7 @@ from pipeline import config as configuration
 from pipeline import estimate, store
 from pipeline.jobs import BATCHES, PATTERNS
 from pipeline.plan import Plan
+from pipeline.stage import drop
 
 # Snakemake merges what is given into config.yaml. A study of one's own, with models or SAEs, takes nothing from the demo's;
 # single settings (`--config seed=1`) change the demo.
