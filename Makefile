@@ -7,6 +7,7 @@ BIN := .venv/bin
 .PHONY: run test check benchmark demo clean
 
 run: .venv/installed
+	$(BIN)/python -m pipeline.config config.yaml $(CONFIG)
 	$(BIN)/python -m snakemake --cores $(CORES) --configfile $(CONFIG)
 
 test: .venv/installed

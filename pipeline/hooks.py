@@ -69,9 +69,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
+        raise ValueError(f"'{path}' is not JSON: {error}. Copy, download or save it again.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+        raise ValueError(f"'{path}' holds a JSON {type(value).__name__}, expected an object. Copy or save it again.")
     return value
 
 
@@ -82,7 +82,11 @@ _GEOMETRY_KEYS = {
     "n_heads": ("num_attention_heads", "n_head"),
     "n_ctx": ("max_position_embeddings", "n_positions"),
     "d_vocab": ("vocab_size",),
+    "d_head": ("head_dim",),
+    "d_mlp": ("intermediate_size", "n_inner"),
 }
+# Those that follow from the others where they are left out.
+OPTIONAL = ("d_head", "d_mlp")
 
 
 def read_geometry(folder: Path) -> Geometry:
@@ -94,15 +98,20 @@ def geometry(settings: dict, where: str) -> Geometry:
     """Sizes of a model from what its config.json holds. ValueError where one is missing."""
     sizes = {}
     for size, keys in _GEOMETRY_KEYS.items():
-        values = [settings[key] for key in keys if key in settings]
-        if not values:
+        given = [key for key in keys if settings.get(key) is not None]
+        if not given:
+            if size in OPTIONAL:
+                continue
             raise ValueError(
                 f"{where} has none of {' / '.join(keys)}: expected a Hugging Face decoder's configuration."
             )
-        sizes[size] = values[0]
-    d_head = settings.get("head_dim") or sizes["d_model"] // sizes["n_heads"]
-    d_mlp = settings.get("intermediate_size") or settings.get("n_inner") or 4 * sizes["d_model"]
-    return Geometry(**sizes, d_head=d_head, d_mlp=d_mlp, parallel=_is_parallel(settings))
+        sizes[size] = settings[given[0]]
+        if type(sizes[size]) is not int or sizes[size] < 1:
+            found = f"{given[0]} is {sizes[size]!r}"
+            raise ValueError(f"{where}: {found}, expected a whole number above 0. Correct the file.")
+    sizes.setdefault("d_head", sizes["d_model"] // sizes["n_heads"])
+    sizes.setdefault("d_mlp", 4 * sizes["d_model"])
+    return Geometry(**sizes, parallel=_is_parallel(settings))
 
 
 def _is_parallel(settings: dict) -> bool:

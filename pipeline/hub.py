@@ -168,6 +168,24 @@ def model_names() -> dict[str, str]:
     return {name.lower(): repo for name, repo in (names | {n: n for n in values["OFFICIAL_MODEL_NAMES"]}).items()}
 
 
+@cache
+def architectures() -> tuple[str, ...]:
+    """The decoders that TransformerLens reads from a folder, by Hugging Face's names; those that it takes by the name
+    of the model alone are not among them. Read from its source, as the names are."""
+    found = importlib.util.find_spec("transformer_lens")
+    source = Path(found.origin).with_name("loading_from_pretrained.py").read_text(encoding="utf-8")
+    (reader,) = [node for node in ast.parse(source).body if getattr(node, "name", None) == "convert_hf_model_config"]
+    compared = [
+        part.value
+        for node in ast.walk(reader)
+        if isinstance(node, ast.Compare) and getattr(node.left, "id", None) == "architecture"
+        for part in ast.walk(node.comparators[0])
+        if isinstance(part, ast.Constant)
+    ]
+    # Others are no decoders, or need code of their repository.
+    return tuple(sorted({name for name in compared if "ForCausalLM" in name or name == "GPT2LMHeadModel"}))
+
+
 def remembered(kind: str, *name: str) -> Path:
     """The file in which what was found under a name is kept."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", "-".join(name)).strip("-")[:80]

@@ -35,13 +35,16 @@ def measures(entry: dict, saes: Mapping, experiments: Mapping[str, Experiment]) 
     """ValueError for a file that is no calibration, for families that cannot be compared, and for a column that can
     never be there."""
     files = [calibration_file(name) for name in entry["calibrations"]]
-    names = [calibration(_text(path), path.stem, 1, 0.95, 0).name for path in files]
+    names = [_name(path) for path in files]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
                 f"`calibrations`: {names.count(name)} are called '{name}'. Rename one in its `# name:` line."
             )
-    check_columns(entry["columns"], names)
+    try:
+        check_columns(entry["columns"], names)
+    except ValueError as error:
+        raise ValueError(f"`columns`: {error}") from None
     return Measures(
         calibrations=tuple(files),
         bigram_smoothing=float(entry["bigram_smoothing"]),
@@ -57,20 +60,31 @@ def calibration_file(name: str) -> Path:
     path = PUBLISHED / f"{name}.csv"
     if path.name == f"{name}.csv" and path.is_file():
         return path
+    if Path(name).name == name and (PUBLISHED / name).is_file() and not Path(name).is_file():
+        raise ValueError(
+            f"`calibrations`: '{name}' is a path, and there is no such file here ({Path.cwd()}). The published law is "
+            f"'{Path(name).stem}', without the ending; a CSV of your own is given by its path, such as my/{name}."
+        )
     if Path(name).suffix != ".csv":
         raise ValueError(
-            "`calibrations`: " + unknown("law", name, sorted(file.stem for file in PUBLISHED.glob("*.csv")))
+            f"`calibrations`: {unknown('law', name, (file.stem for file in PUBLISHED.glob('*.csv')))} A CSV of your "
+            "own is given by its path, such as my/runs.csv."
         )
     if not Path(name).is_file():
         raise ValueError(f"`calibrations`: '{name}' does not exist (looked from {Path.cwd()}). Correct the path.")
     return Path(name)
 
 
-def _text(path: Path) -> str:
+def _name(path: Path) -> str:
+    """What the calibration of a file is called. ValueError where it is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return calibration(path.read_text(encoding="utf-8"), path.stem, 1, 0.95, 0).name
     except UnicodeDecodeError as error:
         raise ValueError(f"`calibrations`: '{path}' is no text: {error}. Expected a CSV file in UTF-8.") from None
+    except ValueError as error:
+        raise ValueError(
+            f"`calibrations`: '{path}' is no calibration. {error} The format is in calibrations/README.md."
+        ) from None
 
 
 def _families(entry: dict, saes: Mapping, experiments: Mapping[str, Experiment]) -> Mapping[str, tuple[str, ...]]:

@@ -39,7 +39,7 @@ def _tokens(settings: dict, tokenizer, d_vocab: int) -> np.ndarray:
         return _of_dataset(settings, tokenizer)
     path, context, wanted = Path(settings["path"]), settings["context"], settings["contexts"]
     if path.suffix == ".npy":
-        tokens = corpora.ready_tokens(path, context, d_vocab)
+        tokens = corpora.ready_tokens(path, context, d_vocab).astype(np.int32)
         missing = int((tokens[:, 0] != tokenizer.bos_token_id).sum())
         if settings["prepend_bos"] and missing:
             raise ValueError(

@@ -5,17 +5,24 @@ import re
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
+from pipeline.inputs import TENSORS
+
 ROOT = Path(__file__).parent.parent
 HOOK = "blocks.1.hook_resid_pre"
 # Heads narrower than d_model / n_head, so that `hook_z` (8 wide) can't be taken for the residual stream (16 wide).
 SIZES = {"n_layer": 3, "n_embd": 16, "n_head": 2, "head_dim": 4, "n_positions": 32, "vocab_size": 50}
+SIZES |= {"n_ctx": 32, "architectures": ["GPT2LMHeadModel"]}
+TEXT = "There was a king with twelve daughters. " * 60
 
 
 def model(folder: Path, **sizes) -> str:
-    """A Hugging Face folder of the SIZES, changed by `sizes`; its weights are no weights."""
+    """A Hugging Face folder of the SIZES, changed by `sizes`; of its weights there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SIZES | sizes))
-    (folder / "model.safetensors").write_bytes(b"weights")
+    safetensors(folder / "model.safetensors", {"wte.weight": (50, 16)})
     (folder / "tokenizer.json").write_text("{}")
     return str(folder)
 
@@ -27,14 +34,22 @@ def sae(folder: Path, hook: str = HOOK, hook_out: str | None = None, kwargs: dic
     kind = {"architecture": "transcoder", "d_out": 16} if hook_out else {"architecture": "topk"}
     cfg = {"d_in": 16, "d_sae": 64, "normalize_activations": "none", "metadata": metadata} | kind | settings
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    (folder / "sae_weights.safetensors").write_bytes(folder.name.encode())
+    sizes = cfg | ({} if hook_out else {"d_out": cfg["d_in"]})
+    shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in TENSORS[cfg["architecture"]]}
+    safetensors(folder / "sae_weights.safetensors", shapes, folder.name)
     return str(folder)
+
+
+def safetensors(path: Path, shapes: dict[str, tuple[int, ...]], note: str = "", value: float = 0) -> None:
+    """A file of float32 tensors that all hold one value; another note makes another content."""
+    tensors = {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, path, metadata={"note": note})
 
 
 def study(folder: Path) -> dict:
     """A correct configuration: a model, a corpus, SAEs at two layers, an experiment with every kind of intervention."""
     corpus = folder / "story.txt"
-    corpus.write_text("There was a king with twelve daughters.")
+    corpus.write_text(TEXT)
     return {
         "models": [{"id": "tiny", "path": model(folder / "tiny")}],
         "corpora": [{"id": "story", "path": str(corpus), "context": 16}],

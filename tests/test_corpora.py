@@ -65,13 +65,6 @@ def test_a_jsonl_file_has_a_document_a_line_and_blank_lines_are_none(tmp_path):
     assert list(corpora.documents(tmp_path / "a.jsonl", "story")) == ["one", "two\nlines"]
 
 
-def test_a_jsonl_line_without_the_column_is_named_with_the_columns_it_has(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"texts": "two", "id": 2}\n')
-    message = r"a\.jsonl, line 3: Unknown column 'text'\. Did you mean 'texts'\? Known: id, texts\."
-    with pytest.raises(ValueError, match=message):
-        list(corpora.documents(tmp_path / "a.jsonl", "text"))
-
-
 @pytest.mark.parametrize("line", ['{"text": "tw', '["text"]', '"text"', '{"text": 2}'])
 def test_a_jsonl_line_that_holds_no_text_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + line + "\n")
@@ -85,47 +78,27 @@ def test_a_parquet_file_has_a_document_a_row_and_nulls_are_none(tmp_path):
     assert list(corpora.documents(tmp_path / "a.parquet", "text")) == ["one", "", "four"]
 
 
-def test_a_parquet_file_without_the_column_is_named_with_the_columns_it_has(tmp_path):
-    pq.write_table(pa.table({"content": ["one"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: Unknown column 'text'\..* Known: content, id\."):
-        list(corpora.documents(tmp_path / "a.parquet", "text"))
+def test_a_text_is_looked_at_up_to_a_letter_that_is_cut(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("zwölf", encoding="utf-8")
+    monkeypatch.setattr(corpora, "BYTES", 3)  # within the ö
+    corpora.check(tmp_path / "a.txt", "text")
 
 
-def test_a_parquet_column_of_numbers_is_refused(tmp_path):
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet.*text"):
-        list(corpora.documents(tmp_path / "a.parquet", "text"))
+def test_only_the_first_lines_are_looked_at_before_a_run(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' * corpora.LINES + "two\n")
+    corpora.check(tmp_path / "a.jsonl", "text")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1001: not JSON"):
+        list(corpora.documents(tmp_path / "a.jsonl", "text"))
 
 
 def test_the_kinds_of_file_that_a_configuration_may_name_are_those_that_can_be_read():
     assert sorted(CORPUS_KINDS) == sorted([".npy", *(f".{kind}" for kind in corpora.READERS)])
 
 
-def test_ready_tokens_are_read_as_int32(tmp_path):
+def test_ready_tokens_are_read_as_they_are(tmp_path):
     np.save(tmp_path / "a.npy", np.array([[0, 49], [3, 4]], np.uint16))
     tokens = corpora.ready_tokens(tmp_path / "a.npy", 2, 50)
-    assert (tokens.tolist(), tokens.dtype) == ([[0, 49], [3, 4]], np.int32)
-
-
-READY = {
-    "one axis": (np.zeros(8, int), ["int64 of shape (8,)", "expected whole numbers of shape `[context, position]`"]),
-    "three axes": (np.zeros((2, 8, 1), int), ["int64 of shape (2, 8, 1)", "expected whole numbers"]),
-    "no whole numbers": (np.zeros((2, 8)), ["float64 of shape (2, 8)", "expected whole numbers"]),
-    "truth values": (np.zeros((2, 8), bool), ["bool of shape (2, 8)", "expected whole numbers"]),
-    "other context": (np.zeros((2, 9), int), ["contexts of 9 tokens, but `context` is 8", "Set it to 9"]),
-    "id beyond the vocabulary": (np.full((2, 8), 50), ["ids from 50 to 50", "vocabulary has 50 tokens"]),
-    "id beyond int32": (np.full((2, 8), 2**32), ["ids from 4294967296", "vocabulary has 50 tokens"]),
-    "negative id": (np.full((2, 8), -1), ["ids from -1 to -1", "vocabulary has 50 tokens"]),
-}
-
-
-@pytest.mark.parametrize(("tokens", "fragments"), READY.values(), ids=READY)
-def test_ready_tokens_that_do_not_fit_are_refused(tmp_path, tokens, fragments):
-    np.save(tmp_path / "ready.npy", tokens)
-    with pytest.raises(ValueError) as caught:
-        corpora.ready_tokens(tmp_path / "ready.npy", 8, 50)
-    message = str(caught.value)
-    assert [fragment for fragment in ["ready.npy", *fragments] if fragment not in message] == [], message
+    assert (tokens.tolist(), tokens.dtype) == ([[0, 49], [3, 4]], np.uint16)
 
 
 # Datasets of the hub, through `datasets` on a cache made by hand.

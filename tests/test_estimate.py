@@ -48,7 +48,7 @@ def test_effects_cost_by_interventions_tokens_and_layers_left(tmp_path):
 @pytest.mark.parametrize(("contexts", "expected"), [(40, 40 * 16), (None, 8 * 16)])
 def test_a_corpus_is_as_long_as_its_contexts_or_its_file(tmp_path, contexts, expected):
     given = study(tmp_path)
-    np.save(tmp_path / "ids.npy", np.zeros((8, 16), np.int32))
+    np.save(tmp_path / "ids.npy", np.zeros((40 if contexts else 8, 16), np.int32))
     given["corpora"] = [{"id": "ids", "path": str(tmp_path / "ids.npy"), "context": 16}]
     if contexts:
         given["corpora"][0]["contexts"] = contexts

@@ -1,4 +1,5 @@
-"""An entry of `experiments` or `series`: what is given, what is filled in, and what is refused with which words."""
+"""An entry of `experiments` or `series`: what is given, what is filled in, and what is refused beside what else; most
+of what is refused is in test_bad_input.py."""
 
 from copy import deepcopy
 
@@ -86,177 +87,6 @@ def test_a_series_is_in_the_order_of_its_axis(tmp_path):
     given = every_kind(tmp_path) | {"series": [{"id": "s", "axis": "steps", "points": points}]}
     found = config.load(given).series["s"]
     assert (found.axis, found.points) == ("steps", ((0.5, "coder"), (30.0, "early"), (1000.0, "late")))
-
-
-# What is refused. An entry, and the parts of the message in order.
-
-DOSE = {"interventions": ["error_scaled"], "alphas": [0.5]}
-BAD = {
-    # Keys and values.
-    "misspelt key": ({"positons": [4]}, "experiments[0]: Unknown key 'positons' … Did you mean 'positions'? … Known:"),
-    "misspelt horizon": (kind("single") | {"horizn": 3}, "Unknown key 'horizn' … Did you mean 'horizon'?"),
-    "misspelt alphas": (DOSE | {"alpha": [1]}, "Unknown key 'alpha' … Did you mean 'alphas'?"),
-    "unknown scope": ({"scope": "singel"}, "experiments[0].scope: 'singel' is not one of ['all', 'single', 'draws',"),
-    "unknown encode": (kind("together", encode="dirty"), "experiments[0].encode: 'dirty' is not one of ['patched',"),
-    "one position": (kind("single", positions=4), "experiments[0].positions: found 4 (int), expected array"),
-    "no position": (kind("single", positions=[]), "experiments[0].positions: []"),
-    "a position twice": (kind("single", positions=[4, 4]), "experiments[0].positions: [4, 4] has non-unique"),
-    "half a position": (kind("single", positions=[4.5]), "positions[0]: found 4.5 (float), expected integer"),
-    "a position before the first": (kind("single", positions=[-1]), "positions[0]: -1 is less than the minimum of 0"),
-    "a horizon back": (kind("single", horizon=-1), "horizon: -1 is less than the minimum of 0 … Positions after"),
-    "no draws": ({"draws": 0}, "draws: 0 is less than the minimum of 1 … Draws of every random intervention"),
-    "draws in words": ({"draws": "many"}, "draws: found 'many' (str), expected integer"),
-    "no contexts": (kind("draws", contexts=0), "contexts: 0 is less than the minimum of 1"),
-    "an alpha that YAML reads as text": (DOSE | {"alphas": ["1e-4"]}, "alphas[0]: found '1e-4' (str), expected number"),
-    "an alpha twice": (DOSE | {"alphas": [1, 1.0]}, "alphas: [1, 1.0] has non-unique elements"),
-    "an alpha too large": (DOSE | {"alphas": [11]}, "alphas[0]: 11 is greater than the maximum of 10"),
-    "a cosine above 1": (kind("dose", cosines=[1.1]), "cosines[0]: 1.1 is greater than the maximum of 1"),
-    "an alpha that is no number": (DOSE | {"alphas": [float("nan")]}, "'error_scaled' at a strength of nan; expected"),
-    "one set": (kind("together", sets=["early", "late"]), "sets[0]: found 'early' (str), expected array"),
-    "an SAE twice in a set": (
-        kind("together", sets=[["early", "early"]]),
-        "sets[0]: ['early', 'early'] has non-unique",
-    ),
-    "no curvature": (kind("main", curvature=0), "curvature: 0 is less than the minimum of 1"),
-    "no examples": (kind("main", examples=0), "examples: 0 is less than the minimum of 1"),
-    "a chosen token without a position": (kind("main", chosen=[[3]]), "chosen[0]: [3]"),
-    "chosen before the first": (kind("main", chosen=[[0, -1]]), "chosen[0][1]: -1 is less than the minimum of 0"),
-    "patch_special in words": ({"patch_special": "BOS"}, "patch_special: found 'BOS' (str), expected boolean"),
-    # Names.
-    "an intervention that is not known": (
-        {"interventions": ["sae", "error_scald"], "alphas": [1]},
-        "Experiment 'x': Unknown intervention 'error_scald' … Did you mean 'error_scaled'?",
-    ),
-    "a strength that is no number": (
-        {"interventions": ["error_scaled(half)"]},
-        "Experiment 'x': Unknown intervention 'error_scaled(half)' … Did you mean 'error_scaled'?",
-    ),
-    "an SAE that is not known": (
-        {"saes": ["earlier"]},
-        "Unknown SAE 'earlier' … Did you mean 'early'? … Known: coder,",
-    ),
-    "a corpus that is not known": ({"corpora": ["storey"]}, "Unknown corpus 'storey' … Did you mean 'story'?"),
-    # Strengths.
-    "no alphas": ({"interventions": ["error_scaled"]}, "'error_scaled' is run at several strengths … `alphas: [...]`"),
-    "no cosines": (
-        {"interventions": ["error_scaled", "theta_error_at"], "alphas": [1]},
-        "'theta_error_at' is run at several strengths. Say which with `cosines: [...]`",
-    ),
-    "a strength of one that takes none": (
-        {"interventions": ["sae(0.5)"]},
-        "Experiment 'x': 'sae' takes no strength, but 'sae(0.5)' gives one. Write 'sae'.",
-    ),
-    "an alpha in the name that is too large": (
-        {"interventions": ["error_scaled(11)"]},
-        "'error_scaled' at a strength of 11; expected one from -10 to 10",
-    ),
-    "a cosine in the name that is none": (
-        {"interventions": ["theta_random_at(1.5)"]},
-        "'theta_random_at' at a strength of 1.5; expected one from -1 to 1",
-    ),
-    "a strength in the name and in the grid": (
-        {"interventions": ["error_scaled", "error_scaled(0.50)"], "alphas": [0.1, 0.5]},
-        "with its strengths, 'error_scaled(0.5)' is there 2 times … Name it once … 'error_scaled' and its grid",
-    ),
-    "a strength in the name in two ways": (
-        {"interventions": ["error_scaled(1)", "error_scaled(1.0)", "error_scaled(1e0)"]},
-        "'error_scaled(1)' is there 3 times among the interventions",
-    ),
-    "alphas for nothing": (
-        {"alphas": [1]},
-        "Experiment 'x': `alphas` are strengths, but no intervention … Leave them out, or name one of error_scaled,",
-    ),
-    "cosines for what has them in its name": (
-        {"interventions": ["theta_error_at(0.5)"], "cosines": [0.9]},
-        "`cosines` are strengths, but no intervention is run at them … name one of theta_random_at, theta_error_at",
-    ),
-    # One position.
-    "no positions": (kind("single", positions=None), "the scope 'single' needs `positions: [...]`"),
-    "no positions of draws": (kind("draws", positions=None), "the scope 'draws' needs `positions: [...]`"),
-    "a position after the last": (
-        kind("draws", positions=[3, 16]),
-        "position 16 and its horizon end at position 16, but contexts have 16 tokens. Lower `positions`",
-    ),
-    "a horizon beyond the context": (
-        kind("single", positions=[2, 8], horizon=8),
-        "Experiment 'x': position 8 and its horizon end at position 16, but contexts have 16 tokens … or `horizon`",
-    ),
-    "the default horizon beyond the context": (
-        kind("single", horizon=None),
-        "position 4 and its horizon end at position 20, but contexts have 16 tokens",
-    ),
-    "the position of BOS": (
-        kind("single", positions=[0, 4], patch_special=True),
-        "Experiment 'x': position 0 holds BOS … Take 0 out of `positions`",
-    ),
-    # Draws.
-    "one draw": (kind("draws", draws=1), "the scope 'draws' needs `draws`, at least 2 of every random intervention"),
-    "the default number of draws": (kind("draws", draws=None), "the scope 'draws' needs `draws`, at least 2"),
-    "draws without the SAE": (
-        kind("draws", interventions=["eps_random", "theta_random"]),
-        "the scope 'draws' compares 'sae' with random errors of its length. Name 'sae' and",
-    ),
-    "draws without a random error": (
-        kind("draws", interventions=["sae", "flipped_error", "resample"]),
-        "the scope 'draws' compares 'sae' with random errors … such as 'eps_random'",
-    ),
-    "draws of what is not random": (
-        {"interventions": ["sae", "zero"], "draws": 3},
-        "`draws` are 3, but no intervention is random. Leave `draws` out",
-    ),
-    # Examples and curvature.
-    "curvature without the SAE": (
-        kind("main", interventions=["eps_random", "zero"], examples=None),
-        "`curvature` compares 'sae' with 'eps_random'. Name both",
-    ),
-    "examples without a random direction": (
-        kind("main", interventions=["sae", "zero"], curvature=None),
-        "`examples` compares 'sae' with 'eps_random'. Name both among the interventions",
-    ),
-    "chosen without examples": (
-        kind("main", examples=None, chosen=[[0, 1]]),
-        "`chosen` tokens are shown among `examples`. Say how many worst and best ones too",
-    ),
-    "chosen in a sequence after the last": (
-        kind("main", chosen=[[39, 15], [40, 3]]),
-        "`chosen` names sequence 40, position 3, but corpus 'story' has sequences 0 to 39 with positions 0 to 15",
-    ),
-    "chosen at a position after the last": (
-        kind("main", chosen=[[3, 16]]),
-        "`chosen` names sequence 3, position 16, but corpus 'story' has sequences 0 to 39 with positions 0 to 15",
-    ),
-    # Sets.
-    "a set of what one can't say": (
-        kind("together", interventions=["sae", "zero"]),
-        "Experiment 'x': 'zero' is not known for several SAEs at once, only sae, eps_random, act_cov_random",
-    ),
-    "an SAE of a set that is not known": (
-        kind("together", sets=[["early", "layt"]]),
-        "Experiment 'x', `sets`: Unknown SAE 'layt'. Did you mean 'late'? Known: early, late",
-    ),
-    "an SAE of a set that the experiment leaves out": (
-        kind("together", sets=[["early", "coder"]]),
-        "`sets`: Unknown SAE 'coder' … Known: early, late",
-    ),
-    "one SAE together": (
-        kind("together", saes=["early"]),
-        "the scope 'compound' is about several SAEs at once. Give it a set of at least two",
-    ),
-    "sets of one SAE": (
-        kind("together", sets=[["early"], ["late"]]),
-        "the scope 'compound' is about several SAEs at once. Give it a set of at least two",
-    ),
-    "a set twice": (
-        kind("together", sets=[["early", "late"], ["late", "early"]]),
-        "Experiment 'x': The SAEs early, late do not give sets of different names. Name each SAE and each set once",
-    ),
-}
-
-
-@pytest.mark.parametrize(("entry", "parts"), BAD.values(), ids=BAD)
-def test_a_mistake_is_refused_with_what_was_found_expected_and_what_to_do(tmp_path, entry, parts):
-    with pytest.raises(ValueError, match=in_order(parts)):
-        load(tmp_path, **entry)
 
 
 SCOPES = {"all": "main", "single": "single", "draws": "draws", "compound": "together"}
@@ -378,42 +208,6 @@ def test_sets_of_other_saes_are_left_out():
     assert [each["name"] for each in sets_of(["a", "b"], [["c", "d"], ["a", "b"]])] == ["a", "b", "a+b"]
 
 
-# Series.
-
-POINT = {"at": 1, "sae": "early"}
-BAD_SERIES = {
-    "an SAE that is not known": (
-        {"points": [POINT, {"at": 2, "sae": "latte"}]},
-        "Series 's': Unknown SAE 'latte' … Did you mean 'late'? … Known: coder, early, late",
-    ),
-    "one point": ({"points": [POINT]}, "series[0].points"),
-    "no axis": ({"axis": None}, "series[0].axis: found None (NoneType), expected string"),
-    "misspelt key": ({"pionts": []}, "series[0]: Unknown key 'pionts' … Did you mean 'points'?"),
-    "misspelt key of a point": (
-        {"points": [POINT, {"at": 2, "sea": "late"}]},
-        "series[0].points[1]: … 'sea' … Did you mean 'sae'?",
-    ),
-    "a place in words": (
-        {"points": [POINT, {"at": "1e-4", "sae": "late"}]},
-        "series[0].points[1].at: found '1e-4' (str), expected number",
-    ),
-    "a name that is no file name": ({"id": "a/b"}, "series[0].id: 'a/b' can't be a name"),
-}
-
-
-@pytest.mark.parametrize(("changes", "parts"), BAD_SERIES.values(), ids=BAD_SERIES)
-def test_a_mistake_in_a_series_is_refused(tmp_path, changes, parts):
-    entry = {"id": "s", "axis": "steps", "points": [POINT, {"at": 2, "sae": "late"}]} | changes
-    with pytest.raises(ValueError, match=in_order(parts)):
-        config.load(every_kind(tmp_path) | {"series": [entry]})
-
-
-def test_two_series_of_one_id_are_refused(tmp_path):
-    given = every_kind(tmp_path)
-    with pytest.raises(ValueError, match="series: the id 'training' is used twice"):
-        config.load(given | {"series": given["series"] * 2})
-
-
 def test_an_intervention_with_two_strengths_or_an_unknown_argument_is_refused(tmp_path, monkeypatch):
     known = {"both": ["x", "alpha", "cosine"], "odd": ["x", "x_hatt"]}
     monkeypatch.setattr(fingerprint, "registered", lambda *_: known)
@@ -471,50 +265,6 @@ def test_only_an_atlas_has_models_components_and_layers(tmp_path):
     assert (found.models, found.components, found.layers) == ((), (), None)
 
 
-BAD_ATLAS = {
-    "a component that is not known": (
-        {"components": ["attn"]},
-        "atlas.components[0]: 'attn' is not one of ['resid_pre'",
-    ),
-    "no component": ({"components": []}, "atlas.components: []"),
-    "a component twice": ({"components": ["z", "z"]}, "atlas.components: ['z', 'z'] has non-unique"),
-    "an intervention of an SAE": ({"interventions": ["sae"]}, "atlas.interventions[0]: 'sae' is not one of ['zero',"),
-    "an intervention of a head": (
-        {"interventions": ["zero_head"]},
-        "atlas.interventions[0]: 'zero_head' is not one of",
-    ),
-    "a layer after the last": ({"layers": [0, 3]}, "`atlas`: layer 3, but model 'tiny' has layers 0 to 2."),
-    "layers after the last": ({"layers": [7, 9, 1]}, "`atlas`: layer 9, but model 'tiny' has layers 0 to 2."),
-    "a layer before the first": ({"layers": [-1]}, "atlas.layers: [-1] … A list of layers, or `all`"),
-    "no layer": ({"layers": []}, "atlas.layers: [] … A list of layers, or `all`"),
-    "one layer": ({"layers": 1}, "atlas.layers: 1 … A list of layers, or `all`"),
-    "a layer twice": ({"layers": [1, 1]}, "atlas.layers: [1, 1] … A list of layers, or `all`"),
-    "a model that is not known": (
-        {"models": ["tinny"]},
-        "`atlas`: Unknown model 'tinny'. Did you mean 'tiny'? Known: tiny.",
-    ),
-    "a corpus that is not known": (
-        {"corpora": ["storey"]},
-        "`atlas`: Unknown corpus 'storey'. Did you mean 'story'? Known: story.",
-    ),
-    "one context": ({"contexts": 1}, "atlas.contexts: 1 is less than the minimum of 2"),
-    "misspelt key": ({"layer": [1]}, "atlas: Unknown key 'layer'. Did you mean 'layers'? Known: components, contexts,"),
-    "a key of an experiment": ({"draws": 3}, "atlas: Unknown key 'draws' … Known: components, contexts, corpora,"),
-    "special tokens in words": ({"patch_special": "BOS"}, "atlas.patch_special: found 'BOS' (str), expected boolean"),
-}
-
-
-@pytest.mark.parametrize(("entry", "parts"), BAD_ATLAS.values(), ids=BAD_ATLAS)
-def test_a_mistake_in_an_atlas_is_refused(tmp_path, entry, parts):
-    with pytest.raises(ValueError, match=in_order(parts)):
-        atlas(tmp_path, **entry)
-
-
-def test_an_atlas_without_a_value_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=in_order("atlas: found None (NoneType), expected object")):
-        config.load(study(tmp_path) | yaml.safe_load("atlas:"))
-
-
 def test_a_layer_must_be_there_in_every_model_that_is_chosen(tmp_path):
     given = study(tmp_path)
     given["models"].append({"id": "small", "path": model(tmp_path / "small", n_layer=2)})
@@ -543,11 +293,6 @@ def test_an_experiment_called_atlas_is_one_unless_there_is_an_atlas_beside_it(tm
     assert config.load(given).experiments["atlas"].scope == "all"
     with pytest.raises(ValueError, match="experiments: the id 'atlas' is used twice"):
         config.load(given | {"atlas": {}})
-
-
-def test_the_scope_of_the_atlas_is_not_for_experiments(tmp_path):
-    with pytest.raises(ValueError, match="'atlas' is not one of"):
-        load(tmp_path, scope="atlas")
 
 
 @pytest.mark.parametrize("name", [*OF_A_HEAD.values(), "zero_head(0)"])

@@ -229,10 +229,3 @@ def test_yaml_that_asks_for_python_is_refused_by_the_workflow(tmp_path, tag):
     said = ran.stdout + ran.stderr
     assert "not valid JSON or YAML" in said or "could not determine a constructor for the tag" in said, said
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("text", ["__use_yte__: true\nseed: 1\n", "seed: !!python/name:os.system\n", "{"], ids=repr)
-def test_a_configuration_file_that_is_more_than_data_is_refused(tmp_path, text):
-    (tmp_path / "evil.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"evil\.yaml is (a template|no plain YAML)"):
-        config.check_plain(tmp_path / "evil.yaml")

@@ -11,7 +11,7 @@ from fakes import ROOT
 # A module imports from the rows above its own, never from its own row or from one below.
 LAYERS = (
     ("types", "registry", "fingerprint", "labels", "linear", "rows", "workers", "texts", "charts"),
-    ("hooks", "logits", "experiments", "jobs", "selection"),
+    ("hooks", "headers", "logits", "experiments", "jobs", "selection"),
     ("store", "interventions", "statistics", "batches"),
     ("hub",),
     ("models", "saes", "releases", "corpora"),

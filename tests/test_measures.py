@@ -1,11 +1,11 @@
-"""The part `metrics` of a configuration: what it gives, and in which words it refuses what can't be measured."""
+"""The part `metrics` of a configuration: what it gives, and which families it refuses; the rest of that is in
+test_bad_input.py."""
 
-import re
 from dataclasses import fields
 
 import pytest
 import yaml
-from fakes import ROOT, in_order, model, sae, study
+from fakes import ROOT, model, sae, study
 
 from pipeline import config, paper_table
 from pipeline.measures import Measures
@@ -131,140 +131,6 @@ def test_families_may_write_at_different_hooks_and_of_different_models(tmp_path)
 
 def test_without_families_the_baseline_of_the_frontier_need_not_be_run(tmp_path):
     assert loaded(tmp_path, several(tmp_path, ["sae"]), baseline="resample").baseline == "resample"
-
-
-# What is refused: `metrics`, and the parts of the message in order.
-
-BAD = {
-    "a law that is not known": (
-        {"calibrations": ["kaplan", "kaplann"]},
-        "`calibrations`: Unknown law 'kaplann'. Did you mean 'kaplan'? Known: cerebras-gpt, chinchilla, "
-        "chinchilla-refit, kaplan.",
-    ),
-    "a law in a folder": ({"calibrations": ["laws/kaplan"]}, "`calibrations`: Unknown law 'laws/kaplan'. … Known: cer"),
-    "a law by the way to it": ({"calibrations": ["../calibrations/kaplan"]}, "Unknown law '../calibrations/kaplan'"),
-    "no law": ({"calibrations": [""]}, "`calibrations`: Unknown law ''. Known: cerebras-gpt"),
-    "a file that is not there": (
-        {"calibrations": ["gone/mine.csv"]},
-        "`calibrations`: 'gone/mine.csv' does not exist (looked from / … ). Correct the path.",
-    ),
-    "a law by its file": ({"calibrations": ["kaplan.csv"]}, "`calibrations`: 'kaplan.csv' does not exist"),
-    "a calibration twice": ({"calibrations": ["kaplan", "kaplan"]}, "metrics.calibrations: … non-unique"),
-    "a column that is not known": (
-        {"columns": ["l0", "loss_recoverd[zero]"]},
-        "Unknown column of the paper's table 'loss_recoverd[zero]'. Did you mean 'loss_recovered[zero]'? Known:",
-    ),
-    "a metric without its baseline": (
-        {"columns": ["kl_score"]},
-        "Unknown column of the paper's table 'kl_score'. … Known: bits_lost, … kl_score[decoder_bias], ",
-    ),
-    "a column of a calibration that is not listed": (
-        {"columns": ["effective_compute[Chinchilla]"], "calibrations": ["kaplan", "cerebras-gpt"]},
-        "Unknown column of the paper's table 'effective_compute[Chinchilla]'. … Known: … features, "
-        "effective_compute[Cerebras-GPT], effective_compute[Kaplan 2020], eps, explained_variance, kl,",
-    ),
-    "a column of a calibration by its file": (
-        {"columns": ["effective_compute[kaplan]"]},
-        "Unknown column of the paper's table 'effective_compute[kaplan]'. Did you mean 'effective_compute[Kaplan",
-    ),
-    "a column of a calibration where there is none": (
-        {"columns": ["effective_compute[Kaplan 2020]"], "calibrations": []},
-        "Unknown column of the paper's table 'effective_compute[Kaplan 2020]'. … Known: bits_lost",
-    ),
-    "a column twice": ({"columns": ["kl", "kl"]}, "metrics.columns: … non-unique"),
-    "no column": ({"columns": []}, "metrics.columns: []"),
-    "an SAE that is not known": (
-        {"families": [family("a", "early", "latte")]},
-        "Family 'a': Unknown SAE 'latte'. Did you mean 'late'? Known: early, late, middle, more.",
-    ),
-    "an SAE in two families": (
-        {"families": [family("a", "early", "more"), family("b", "middle", "more")]},
-        "Family 'b': 'more' is in family 'a' too. Leave it in one of them.",
-    ),
-    "an SAE twice in a family": (
-        {"families": [family("a", "early", "early")]},
-        "metrics.families[0].saes: … non-unique",
-    ),
-    "a family at two hooks": (
-        {"families": [family("a", "late", "early")]},
-        "Family 'a': its SAEs write at tiny blocks.1.hook_resid_pre and tiny blocks.2.hook_resid_pre. A frontier is of "
-        "one hook of one model; make several.",
-    ),
-    "a family twice": (
-        {"families": [family("a", "early"), family("a", "middle")]},
-        "Family 'a' is there twice. Every family needs an id of its own; rename one.",
-    ),
-    "a family of no SAE": ({"families": [family("a")]}, "metrics.families[0].saes: []"),
-    "a family without a name": ({"families": [{"saes": ["early"]}]}, "metrics.families[0]: the key 'id' is missing"),
-    "a baseline that no experiment runs": (
-        {"families": [family("a", "early")], "baseline": "mean"},
-        "Family 'a': no experiment that replaces every token runs 'mean' and 'sae' for 'early'. Add them to one, or "
-        "set `baseline: unigram`.",
-    ),
-    "a baseline that is not known": (
-        {"baseline": "zeros"},
-        "metrics.baseline: 'zeros' is not one of ['zero', 'mean', 'resample', 'decoder_bias', 'uniform', … The "
-        "baseline of the frontier's performance hit",
-    ),
-    "points that are not known": ({"points": "best"}, "metrics.points: 'best' is not one of ['pareto', 'all']"),
-    "an L0 of nothing": ({"matched": [32, 0]}, "metrics.matched[1]: 0 is less than or equal to the minimum of 0"),
-    "no smoothing": ({"bigram_smoothing": 0}, "metrics.bigram_smoothing: 0 is less than or equal to the minimum of 0"),
-    "misspelt key": ({"calibration": ["kaplan"]}, "metrics: Unknown key 'calibration'. Did you mean 'calibrations'?"),
-}
-
-
-@pytest.mark.parametrize(("metrics", "parts"), BAD.values(), ids=BAD)
-def test_a_mistake_is_refused_with_what_was_found_expected_and_what_to_do(tmp_path, metrics, parts):
-    with pytest.raises(ValueError, match=in_order(parts)):
-        loaded(tmp_path, **metrics)
-
-
-FILES = {
-    "empty": ("", "mine: no kind, source, corpus. Begin the file with lines such as '# kind: ...'"),
-    "unknown key": (OWN.format("x") + "# scope: all\n", "mine: unknown key 'scope'"),
-    "not a number": (OWN.format("x").replace("0.1", "tenth"), "mine: line 9 has 'tenth', expected a positive number"),
-    "too few points": (
-        "# kind: points\n# source: s\n# corpus: c\nflop,loss\n1e17,4\n1e18,3\n",
-        "mine: 2 different amounts of compute, expected 5 or more",
-    ),
-    "no fall": (
-        "# kind: points\n# source: s\n# corpus: c\nflop,loss\n" + "".join(f"1e{n},3\n" for n in range(15, 21)),
-        "mine: no power law",
-    ),
-}
-
-
-@pytest.mark.parametrize(("text", "message"), FILES.values(), ids=FILES)
-def test_a_file_that_is_no_calibration_is_refused_by_its_name(tmp_path, text, message):
-    (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loaded(tmp_path, calibrations=["kaplan", str(tmp_path / "mine.csv")])
-
-
-def test_a_file_that_is_no_text_is_refused_by_its_name(tmp_path):
-    (tmp_path / "mine.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="mine"):
-        loaded(tmp_path, calibrations=[str(tmp_path / "mine.csv")])
-
-
-def test_a_folder_is_no_calibration(tmp_path):
-    (tmp_path / "laws.csv").mkdir()
-    with pytest.raises(ValueError, match=r"`calibrations`: '.*laws\.csv' does not exist"):
-        loaded(tmp_path, calibrations=[str(tmp_path / "laws.csv")])
-
-
-@pytest.mark.parametrize(
-    ("name", "others", "message"),
-    [
-        ("Kaplan 2020", (), "2 are called 'Kaplan 2020'. Rename one in its `# name:` line."),
-        ("Kaplan 2020", ("Kaplan 2020",), "3 are called 'Kaplan 2020'."),
-        ("mine", ("mine",), "2 are called 'mine'."),
-    ],
-)
-def test_two_calibrations_of_one_name_are_refused(tmp_path, name, others, message):
-    files = [own(tmp_path, each, f"{i}.csv") for i, each in enumerate((name, *others))]
-    with pytest.raises(ValueError, match=re.escape(f"`calibrations`: {message}")):
-        loaded(tmp_path, calibrations=["kaplan", *files])
 
 
 def test_a_family_of_two_models_is_refused(tmp_path):

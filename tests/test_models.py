@@ -9,7 +9,7 @@ from conftest import DEMO, PLAIN
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from pipeline import activations, models
+from pipeline import activations, hub, models
 from pipeline.decoder import decoder as decoder_of
 from pipeline.decoder import in_precision
 from pipeline.hooked import Hooked
@@ -146,3 +146,7 @@ def test_a_family_that_transformer_lens_reads_by_name_only_is_refused(tmp_path):
     tiny_folder(tmp_path, "Gemma2")
     with pytest.raises(ValueError, match=r"can.t read .*Gemma2ForCausalLM"):
         models.load_folder(tmp_path, PLAIN)
+    # Planning knows it, and which are read; those are read above.
+    known = hub.architectures()
+    assert "Gemma2ForCausalLM" not in known
+    assert {f"{kind}ForCausalLM" for kind in ("GPTNeoX", "Llama", "Mistral", "Qwen2")} < set(known)

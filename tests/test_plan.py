@@ -505,7 +505,9 @@ def test_other_weights_of_an_sae_make_again_what_it_is_in(tmp_path):
     configuration = everything(tmp_path)
     before = plan(configuration)
     before_it = {path: job.fingerprint for path, job in before.jobs.items()}
-    (tmp_path / "late" / "sae_weights.safetensors").write_bytes(b"trained for longer")
+    with open(tmp_path / "late" / "sae_weights.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")  # trained for longer
     after = plan(configuration)
     changed_jobs = [job for path, job in after.jobs.items() if job.fingerprint != before_it[path]]
     assert {job.key["sae"] for job in changed_jobs if "sae" in job.key} == {"late"}
@@ -570,7 +572,7 @@ def test_the_first_families_make_nothing_again_but_the_report(every, whole):
 @pytest.mark.parametrize("corpus", ["story", "poem"], ids=["on a known corpus", "on a new corpus"])
 def test_a_new_atlas_makes_nothing_else_stale(tmp_path, corpus):
     configuration = everything(tmp_path)
-    (tmp_path / "poem.txt").write_text("Two roads")
+    (tmp_path / "poem.txt").write_text("Two roads diverged in a yellow wood")
     configuration["corpora"].append({"id": "poem", "path": str(tmp_path / "poem.txt"), "context": 16})
     for entry in configuration["experiments"]:
         entry["corpora"] = ["story"]
@@ -813,7 +815,7 @@ def test_items_are_batched_in_the_order_of_the_configuration(tmp_path, size, siz
 def test_a_batch_has_one_stage_experiment_model_corpus_and_shard(tmp_path):
     configuration = study(tmp_path) | {"shards": 2}
     configuration["models"].append({"id": "other", "path": model(tmp_path / "other")})
-    (tmp_path / "poem.txt").write_text("Two roads")
+    (tmp_path / "poem.txt").write_text("Two roads diverged in a yellow wood")
     configuration["corpora"].append({"id": "poem", "path": str(tmp_path / "poem.txt"), "context": 16})
     configuration["experiments"].append({"id": "more", "interventions": ["sae_norm", "zero"]})
     configuration["saes"] = [entry | {"model": "tiny"} for entry in configuration["saes"]]

@@ -8,7 +8,8 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopK
 from safetensors.torch import load_file, save_file
 
-from pipeline import saes
+from pipeline import headers, saes
+from pipeline.inputs import TENSORS
 
 D_IN, D_OUT, D_SAE, K = 16, 12, 32, 4
 SETTINGS = {
@@ -62,6 +63,30 @@ def test_every_architecture_gives_the_bits_that_sae_lens_gives(tmp_path, archite
     assert made.x_hat.shape == (8, 5, D_OUT if "transcoder" in architecture else D_IN)
     assert made.features.shape == (8, 5, D_SAE)
     assert 0 < (made.features != 0).float().mean() < 1
+
+
+def test_planning_knows_the_architectures_of_sae_lens_and_their_tensors(tmp_path):
+    assert set(TENSORS) == set(SAE_CLASS_REGISTRY)
+    sizes = {"d_in": D_IN, "d_sae": D_SAE}
+    for architecture, expected in TENSORS.items():
+        random_sae(architecture).save_model(tmp_path / architecture)
+        found = headers.tensors(tmp_path / architecture / "sae_weights.safetensors")
+        sizes["d_out"] = D_OUT if "transcoder" in architecture else D_IN
+        shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in expected}
+        known = {name: tensor.shape for name, tensor in found.items() if not name.startswith("attn_layers.")}
+        assert known == shapes, architecture
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_planning_finds_the_same_weights_not_finite(tmp_path, kind, value):
+    path, weight = tmp_path / "a.safetensors", torch.full((3, 5), 1e4, dtype=kind)
+    save_file({"b": weight, "ids": torch.zeros(2, dtype=torch.int64)}, path)
+    headers.check_finite(path, headers.tensors(path))
+    weight[1, 2] = value
+    save_file({"a": torch.zeros(0), "b": weight}, path)
+    with pytest.raises(ValueError, match=r"1 of the 15 values of 'b' are not finite"):
+        headers.check_finite(path, headers.tensors(path))
 
 
 @pytest.mark.parametrize("mode", ["layer_norm", "constant_norm_rescale"])

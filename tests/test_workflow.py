@@ -523,15 +523,6 @@ def test_an_intervention_of_ones_own_runs_and_is_in_the_figures(finished, tmp_pa
     assert set(summary["intervention"]) == {"identity", "towards_the_mean"}
 
 
-def test_a_wrong_configuration_is_told_before_anything_runs(finished):
-    config = with_config(finished, experiments=lambda _: [{"id": "main", "interventions": ["eps_randon"]}])
-    found = snakemake(finished, "--cores", "1", config=config)
-    assert found.returncode != 0
-    message = found.stdout + found.stderr
-    assert "Unknown intervention 'eps_randon'. Did you mean 'eps_random'?" in message
-    assert "Traceback" not in message
-
-
 def test_rules_and_stages_and_patterns_have_the_same_names():
     from pipeline.jobs import BATCHES, PATTERNS
 

@@ -25,7 +25,7 @@ try:
     for path in workflow.config_settings.configfiles:
         configuration.check_plain(Path(path))
     PLAN = Plan(configuration.load(config))
-except ValueError as error:
+except (ValueError, OSError) as error:
     raise WorkflowError(str(error)) from None
 REPORT = Path(PATTERNS["report"])
 HEADLINE = REPORT.with_name("headline.txt")
