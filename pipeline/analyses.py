@@ -31,7 +31,11 @@ from pipeline.statistics import Bootstrap
 ANALYSES = Registry("analysis")
 IN_NATS = ("kl", "kl_mean", "kl_sae", "kl_median", "delta_ce_mean", "kl_second_order_mean", "single_sum", "nats_lost")
 IN_NATS += ("ce", "ce_clean", "ce_base", "ce_mean", "ce_clean_mean", "nats_at_90")
-UNITS = dict.fromkeys(IN_NATS, "nats")
+IN_NATS += (*(f"kl_{name}" for name in ("min", "p5", "p95", "max", "sd")), "lowest_loss", "highest_loss", "floor")
+UNITS = dict.fromkeys(IN_NATS, "nats") | {"lowest_flop": "FLOP", "highest_flop": "FLOP", "log_scale": "log FLOP"}
+UNITS |= {"hit": "share", "alpha": "error lengths", "plateau": "error lengths", "offset": "tokens"}
+# What a table is about, where it is about none of them: nulls have no type of their own.
+ABOUT = {"hook": pl.String, "sae": pl.String, "layer": pl.Int32}
 
 Boot = Callable[[pl.DataFrame], Bootstrap]
 TOKEN = ("intervention", "draw", "sequence", "position", "special", "kl", "ce", "ce_clean")
@@ -239,6 +243,7 @@ def _argument(name: str, call: Call) -> object:
 def work(call: Call) -> None:
     analysis = ANALYSES[call.key["analysis"]]
     table = analysis(**{name: _argument(name, call) for name in signature(analysis).parameters})
+    table = table.cast({name: kind for name, kind in ABOUT.items() if table.schema.get(name) == pl.Null})
     store.write_table(call.output, [table.to_arrow()], call.fingerprint, UNITS)
     log.info("%s: %d rows", call.key["analysis"], table.height)
 

@@ -45,7 +45,8 @@ def work(call: Call) -> None:
         for table in (*call.inputs.get("effects", []), *call.inputs.get("ablations", []))
         for row in check_table(call, table, wide, tokens, special)
     ]
-    store.write_table(call.output, [pl.DataFrame(rows).to_arrow()], call.fingerprint, UNITS, **call.key)
+    table = pl.DataFrame(rows, schema_overrides={"sae": pl.String})
+    store.write_table(call.output, [table.to_arrow()], call.fingerprint, UNITS, **call.key)
     worst = max(row["kl_worst"] for row in rows)
     log.info("%d interventions on %d tokens: largest error of a token's KL %.2g nats", len(rows), tokens.numel(), worst)
 

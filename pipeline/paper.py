@@ -23,7 +23,7 @@ def work(call: Call) -> None:
     # The file whose fingerprint is looked at goes last: when it is there, the others are.
     for path, page in zip(call.outputs[1:], pages, strict=True):
         store.write_text(path, page)
-    store.write_table(call.output, [table.to_arrow()], call.fingerprint, {})
+    store.write_table(call.output, [table.to_arrow()], call.fingerprint, paper_table.units(call.settings["columns"]))
     log.info("%d SAEs, %d columns", table.height, len(call.settings["columns"]))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from pipeline import normalised
 from pipeline.normalised import BASELINES, RANDOM
 from pipeline.registry import unknown
 
@@ -44,6 +45,8 @@ METRICS = {
 }
 # The baselines that a metric is never without; those of `effective_compute` are the calibrations of a study.
 NEEDS = {"kl_ratio": (RANDOM,), "loss_recovered": (*BASELINES, "uniform", "unigram", "bigram"), "kl_score": BASELINES}
+UNITS = normalised.UNITS | dict.fromkeys(("l1", "eps", "norm"), "activation") | {"l0": "features"}
+UNITS |= dict.fromkeys(("explained_variance", "dead_features", "dense_features"), "share")
 # Known exactly, so that no digit of theirs is rounded away.
 COUNTS = ("d_in", "d_sae")
 DEFAULT = ("l0", "explained_variance", "nats_lost", "loss_added", "kl")
@@ -62,6 +65,12 @@ def known_columns(calibrations: Iterable[str] = ()) -> list[str]:
     needs = NEEDS | {"effective_compute": tuple(calibrations)}
     metrics = [[f"{name}[{base}]" for base in needs[name]] if name in needs else [name] for name in METRICS]
     return [*SAES, *(name for names in metrics for name in names)]
+
+
+def units(columns: Iterable[str]) -> dict[str, str]:
+    """The units of those columns that have one."""
+    bare = {column: column.partition("[")[0] for column in columns}
+    return {column: UNITS[name] for column, name in bare.items() if name in UNITS}
 
 
 def check_columns(columns: Sequence[str], calibrations: Iterable[str] = ()) -> None:

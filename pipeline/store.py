@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -226,15 +226,17 @@ class Spool:
 
 
 def write_table(
-    path: Path, groups: Iterable[pa.Table], fingerprint: str, units: Mapping[str, str], /, **attributes
+    path: Path, groups: Iterable[pa.Table], fingerprint: str, units: dict[str, str], /, **attributes
 ) -> None:
-    """Tables of one schema as the row groups of a Parquet file, with units on the columns and the fingerprint.
+    """Tables of one schema as the row groups of a Parquet file, with units on the columns and the fingerprint. The ends
+    of an interval, `<column>_low` and `<column>_high`, have the unit of the column.
 
     Floats are split into byte streams and everything else gets a dictionary: for our columns that is 1.6 times
     smaller and 4.6 times faster than dictionaries for all.
     """
     groups = iter(groups)
     table = next(groups)
+    units = units | {name + end: unit for name, unit in units.items() for end in ("_low", "_high")}
     fields = [
         field.with_metadata({"unit": units[field.name]}) if field.name in units else field for field in table.schema
     ]

@@ -23,9 +23,8 @@ QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
 # A feature that fires on more than this share of the ordinary tokens counts as dense.
 DENSE = 0.1
 UNITS = dict.fromkeys(["kl_mean", *QUANTILES, "ce_mean", "ce_clean_mean", "delta_ce_mean", "delta_ce_median"], "nats")
-UNITS |= {
-    name + end: "nats" for name in ("kl_mean", "ce_mean", "ce_clean_mean", "delta_ce_mean") for end in ("_low", "_high")
-}
+UNITS |= {"l0_mean": "features"} | dict.fromkeys(("l1_mean", "eps_mean", "norm_mean"), "activation")
+UNITS |= dict.fromkeys(("explained_variance", "dead_features", "dense_features", "top1_agreement"), "share")
 
 
 def _with_ends(*names: str) -> dict:

@@ -12,9 +12,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
+
+from pipeline import paper_table
 
 TINY, STUDY = "tests/configs/tiny.yaml", "tests/configs/study.yaml"
 # What is made again after the effects of an SAE. Analyses: the metrics, and the ranks, agreements and flips by them;
@@ -622,6 +625,80 @@ def test_the_tables_of_metrics_and_of_the_atlas_are_of_what_was_asked_for(studie
 
 def test_a_second_run_of_a_study_does_nothing(studied):
     assert wanted(studied, config=STUDY) == {}
+
+
+# What docs/results.md says of them.
+
+PAGE = (ROOT / "docs/results.md").read_text()
+LABELS = "labels"
+
+
+def described() -> dict[str, dict[str, tuple[str, str]]]:
+    """Table (or the folder of many) -> column -> type and unit, as the page says; LABELS are for all."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    tables = [LABELS]
+    for line in PAGE.partition("## Labels")[2].splitlines():
+        if "**`" in line:
+            tables = re.findall(r"`([^`]+)`", line.partition("**")[2].partition("**")[0])
+        if line.startswith("| `"):
+            columns, kind, unit, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            for name, ends in re.findall(r"`([^`]+)`( ±)?", columns):
+                for end in ("", "_low", "_high") if ends else ("",):
+                    for table in tables:
+                        assert name + end not in found.setdefault(table, {}), f"{table}: {name} is there twice"
+                        found[table][name + end] = kind, unit
+    return found
+
+
+def stored(projects: list[Path], columns: list[str]) -> dict[str, dict[str, tuple[str, str]]]:
+    """The same of the Parquet files of runs, without the data of figures and the paper's `columns`, that the
+    configuration names."""
+    named = {column + end for column in columns for end in ("", "_low", "_high")}
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for project in projects:
+        for path in sorted(project.glob("results/*/**/*.parquet")):
+            place = path.relative_to(project / "results")
+            stage = place.parts[0]
+            table = place.as_posix() if stage in ("summary", "paper") else f"{stage}/"
+            kinds, schema = pl.read_parquet_schema(path), pq.read_schema(path)
+            for name, kind in kinds.items():
+                if stage != "figures" and not (stage == "paper" and name in named):
+                    unit = (schema.field(name).metadata or {}).get(b"unit", b"").decode()
+                    found.setdefault(table, {}).setdefault(name, set()).add((str(kind.base_type()), unit))
+    return {table: {name: one for name, (one,) in columns.items()} for table, columns in found.items()}
+
+
+def differences(page: dict, files: dict) -> list[str]:
+    """What a page says and the files do not, and the other way round."""
+    labels, own = page[LABELS], {table: columns for table, columns in page.items() if table != LABELS}
+    found = [f"{table} is on the page, but no run makes it" for table in own.keys() - files.keys()]
+    used = set()
+    for table, columns in files.items():
+        said = own.get(table, {})
+        found += [f"{table}: {name} is on the page, but not in the files" for name in said.keys() - columns.keys()]
+        for name, (kind, unit) in columns.items():
+            used.add(name)
+            kinds, expected = said.get(name) or labels.get(name, ("", ""))
+            if kind not in kinds.split(" or ") or unit != expected:
+                found.append(f"{table}: {name} is {kind} [{unit}], on the page {kinds or 'nothing'} [{expected}]")
+    return found + [f"no table has the label {name}" for name in labels.keys() - used]
+
+
+def test_every_column_is_on_the_page_with_its_type_and_unit_and_no_other_is(finished, studied):
+    metrics = yaml.safe_load((ROOT / STUDY).read_text())["metrics"]
+    assert differences(described(), stored([finished, studied], [*metrics["columns"], *paper_table.DEFAULT])) == []
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "duckdb"])
+def test_the_examples_on_the_page_run_as_they_stand(studied, monkeypatch, library):
+    module = pytest.importorskip(library, reason=f"{library} is not installed, and the pipeline does not need it")
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"{library}.")]
+    monkeypatch.chdir(studied)
+    expected = pl.read_parquet("results/summary/effects.parquet").filter(intervention="sae", tokens="ordinary")
+    found = eval(line, {library: module})
+    found = found.pl() if library == "duckdb" else pl.DataFrame(found)
+    assert expected.height > 1
+    assert found["kl_mean"].to_list() == expected["kl_mean"].to_list()
 
 
 def changed_study(project: Path, kind: str, **changes) -> str:
