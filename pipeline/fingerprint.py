@@ -21,7 +21,7 @@ INFRASTRUCTURE = frozenset(
         *("registry", "releases", "stage", "store"),
     }
 )
-FORMAT = 1
+FORMAT = 2
 
 
 def digest(value: object) -> str:

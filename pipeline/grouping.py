@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import polars as pl
 
 from pipeline import store
@@ -67,5 +66,5 @@ def _layer(place: tuple) -> int | None:
 def attributes(path: Path) -> dict:
     if path.suffix == ".parquet":
         return store.table_attributes(path)
-    with h5py.File(path, "r") as file:
+    with store.arrays(path, {}) as file:
         return {name: value for name, value in file.attrs.items() if isinstance(value, str)}

@@ -28,6 +28,8 @@ PATTERNS = {
     "figures": "results/figures/{figure}.parquet",
     "report": "results/report.html",
 }
+# What a stage makes beside, with the same fingerprint.
+BESIDE = {"summary": ["results/summary/saes.parquet"]}
 # Stages whose jobs take several items at once, so that start-up and clean logits are paid for once. Each item is a file
 # with its own fingerprint, made again only where it is missing or stale; the stamp says that the batch was looked at.
 BATCHES = {

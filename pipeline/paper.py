@@ -28,7 +28,7 @@ def work(call: Call) -> None:
 
 
 def _saes(call: Call) -> Path:
-    return call.input("summary").with_name("saes.parquet")
+    return store.verified(call.input("summary").with_name("saes.parquet"))
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def _figure(table: Path) -> dict[str, str]:
 def content(call: Call, text: str, confidence: str) -> dict:
     """What the template shows."""
     path = call.input("summary")
-    summary, saes = pl.read_parquet(path), pl.read_parquet(path.with_name("saes.parquet"))
+    summary, saes = pl.read_parquet(path), pl.read_parquet(store.verified(path.with_name("saes.parquet")))
     tables = {path.stem: pl.read_parquet(path) for path in call.inputs.get("analyses", []) if path.stem in ANALYSES}
     shown_tables = {name: analysis(name, table) for name, table in tables.items()}
     for table in call.inputs.get("paper", []):

@@ -53,8 +53,12 @@ def run(stage: str, work: Callable[[Call], None]) -> None:
     """The `main` of a stage that makes one item: read the command line, refuse stale code and stale inputs, do the
     work."""
 
-    def one(items: list[dict], arguments: argparse.Namespace) -> None:
+    def one(items: list[dict], arguments: argparse.Namespace, waited: bool) -> None:
         (item,) = items
+        whole = all(path.exists() for path in arguments.outputs)
+        if waited and whole and store.is_current(Path(item["path"]), item["fingerprint"]):
+            log.info("%s: made by the other process", stage)
+            return
         work(replace(_call(stage, item, arguments), outputs=arguments.outputs))
 
     _main(stage, one)
@@ -67,7 +71,7 @@ def run_batch(stage: str, work: Callable[[list[Call]], None]) -> None:
     Where the work on several fails, each is tried alone, so that one bad SAE does not stop the others.
     """
 
-    def several(items: list[dict], arguments: argparse.Namespace) -> None:
+    def several(items: list[dict], arguments: argparse.Namespace, waited: bool) -> None:
         pending = [item for item in items if _is_pending(item)]
         log.info("%s: %d of %d items to make", stage, len(pending), len(items))
         calls = [_call(stage, item, arguments) for item in pending]
@@ -117,14 +121,15 @@ def _one_by_one(calls: list[Call], work: Callable[[list[Call]], None]) -> None:
         raise ValueError("\n".join(failed))
 
 
-def _main(stage: str, work: Callable[[list[dict], argparse.Namespace], None]) -> None:
+def _main(stage: str, work: Callable[[list[dict], argparse.Namespace, bool], None]) -> None:
     """A ValueError or OSError is a message for the user: it is printed without a traceback, and the exit status is
     1."""
     arguments = _parser(stage).parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     items, began = json.load(sys.stdin), time.monotonic()
     try:
-        work(items, arguments)
+        with store.alone(Path(item["path"]) for item in items) as waited:
+            work(items, arguments, waited)
         drop(items)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
@@ -179,5 +184,7 @@ def _inputs(stage: str, planned: list[list[str]]) -> dict[str, list[Path]]:
                 f"{path} has the fingerprint {found}, expected {expected}: it was made with other "
                 "settings. Delete it and run again."
             )
+        if path.suffix != ".h5":  # whose chunks are checked when they are read
+            store.verified(path)
         inputs[role].append(path)
     return dict(inputs)

@@ -1,32 +1,51 @@
 """Files: HDF5 for arrays, Parquet for tables. Written beside and renamed, each with the fingerprint of its job.
 
 A file that exists is complete. `.part` files are what a killed job leaves; nothing reads them, and the next job that
-writes the same file sweeps them away.
+writes the same file sweeps them away. What is read is checked: HDF5 by the checksums of its chunks and of its own
+structure, Parquet and safetensors by a checksum of the whole file that stands in its metadata.
 """
 
+import errno
+import fcntl
 import json
+import logging
+import mmap
 import os
 import platform
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
+log = logging.getLogger("faithful")
 # Sequences per HDF5 chunk.
 CHUNK = 8
 # Sequences between two marks of an unfinished file: the most that a killed job loses.
 MARK = 128
 PACKAGES = ("torch", "transformer_lens", "sae_lens", "snakemake", "h5py", "polars", "pyarrow", "seaborn")
+# Bytes per HDF5 chunk of what has no sequences, about: so much is read and checked for one value.
+PIECE = 2**20
+# What a dataset of this name holds; all others hold floats.
+KINDS = {"token": "int32", "top1": "int32", "sample_place": "int32", "special": "bool"}
+KINDS |= {"unigram": "int64", "feature_count": "int64"}
+# Tables up to this size are checked whole when a run is planned: all final ones, which no later stage reads.
+SMALL = 2**20
+# What stands before a file's checksum, and the place that is left for it.
+SEAL = b"xxh3_64:"
+UNSEALED = SEAL.decode() + 16 * "0"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Left free on the disk after a write: on a full one, HDF5 dies of a signal and leaves a broken file.
 HEADROOM = 64 * 2**20
 
@@ -63,6 +82,64 @@ def written(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
+def alone(paths: Iterable[Path]) -> Iterator[bool]:
+    """Within the block no other process of ours makes these files, such as a job that outlived a killed run: it is
+    waited for. Gives whether it was."""
+    waited = False
+    with ExitStack() as stack:
+        for path in sorted(set(paths)):  # in one order, so that no two wait for each other
+            waited |= stack.enter_context(_locked(path.parent / f".lock.{path.name}"))
+        yield waited
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """A file that is locked within the block and gone after it; gives whether another process had it first. The lock
+    ends with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    waited = False
+    while True:
+        with open(path, "a", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("waiting for another process, of an earlier run, that makes the same file: %s", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                waited = True
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning("%s: this file system has no locks. Let no job of an earlier run go on.", path)
+            if path.exists() and os.path.samestat(
+                os.fstat(file.fileno()), path.stat()
+            ):  # not removed by its last owner
+                try:
+                    yield waited
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+def unlocked(folder: Path) -> TextIO:
+    """Remove what killed runs have left in Snakemake's folder, if no run is alive there: locks, and the marks of
+    incomplete outputs, because ours are complete where they exist, and Snakemake would delete them. The open file says
+    that this run is alive, until its process ends."""
+    folder.mkdir(exist_ok=True)
+    alive = open(folder / "alive", "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in ("locks", "incomplete"):
+                for path in [path for path in (folder / left).rglob("*") if path.is_file()]:
+                    path.unlink()
+        fcntl.flock(alive, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return alive
+
+
+@contextmanager
 def new_arrays(
     path: Path, fingerprint: str, axes: dict[str, str], shapes: dict[str, tuple], /, **attributes
 ) -> Iterator[dict[str, h5py.Dataset]]:
@@ -72,7 +149,7 @@ def new_arrays(
     with a dtype, as `((8, 128), "int32")`. Chunks hold CHUNK sequences, and are not compressed: measured, lzf and gzip
     cost 10 to 60 times the time of a plain write and save at most 16 %.
     """
-    with written(path, _size(shapes)) as part, h5py.File(part, "w") as file:
+    with written(path, _size(shapes)) as part, _new_file(part) as file:
         _lay_out(file, fingerprint, axes, shapes, attributes)
         yield {name: file[name] for name in shapes}
 
@@ -103,22 +180,23 @@ def resumed_arrays(
     """As `new_arrays`, but what a killed job has marked as done is kept and gone on with.
 
     The unfinished file stands beside the item with the item's fingerprint in its name; those of other fingerprints are
-    removed. All space is allocated at the start, so that later writes change no structure of the file. An error that
-    the block raises removes it.
+    removed, and one that is damaged is begun again. All space is allocated at the start, so that later writes change no
+    structure of the file. An error that the block raises removes it.
     """
     part = path.parent / f".{path.name}.{fingerprint}.unfinished"
     mark = part.with_suffix(".done")
     for stale in (*path.parent.glob(f".{path.name}.*"), *path.parent.glob(f"..{path.name}.*")):
         if stale not in (part, mark):
             stale.unlink(missing_ok=True)
-    if not (part.exists() and mark.exists()):
+    done = _kept(part, mark)
+    if done is None:
         mark.unlink(missing_ok=True)  # first, so that a mark never stands beside a file it was not made for
-        with written(part, _size(shapes)) as new, h5py.File(new, "w") as file:
+        with written(part, _size(shapes)) as new, _new_file(new) as file:
             _lay_out(file, fingerprint, axes, shapes, attributes, early=True)
         write_text(mark, "0")
     try:
         with h5py.File(part, "r+") as file:
-            yield Unfinished(file, mark, int(mark.read_text(encoding="utf-8")))
+            yield Unfinished(file, mark, done or 0)
         _sync(part)
         os.replace(part, path)
     except Exception:
@@ -127,6 +205,40 @@ def resumed_arrays(
     finally:
         if not part.exists():
             mark.unlink(missing_ok=True)
+
+
+def _kept(part: Path, mark: Path) -> int | None:
+    """How many sequences of an unfinished file are there as they were marked, or None where it has to be begun again.
+
+    Later chunks may be torn by the end of their job, and HDF5 reads a chunk before it writes to a part of it: they are
+    made zeros, whose Fletcher checksum is zero too.
+    """
+    if not (part.exists() and mark.exists()):
+        return None
+    try:
+        done = int(mark.read_text(encoding="utf-8"))
+        with h5py.File(part, "r+") as file:
+            for dataset in (file[name] for name in file):
+                for rows in range(0, done, CHUNK):
+                    dataset[rows : min(rows + CHUNK, done)]
+                for i in range(dataset.id.get_num_chunks()):
+                    chunk = dataset.id.get_chunk_info(i)
+                    if chunk.chunk_offset[0] >= done:
+                        dataset.id.write_direct_chunk(chunk.chunk_offset, bytes(chunk.size))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        log.warning("%s is damaged (%s) and begun again", part, error)
+        return None
+    return done
+
+
+def _new_file(path: Path) -> h5py.File:
+    """A new HDF5 file, open for writing, whose structure has checksums too.
+
+    It is begun in the format of 1.8, because 1.10's marks a file as open and refuses it after a kill; the index of the
+    chunks has checksums since 1.10.
+    """
+    h5py.File(path, "w", libver=("v108", "v108")).close()
+    return h5py.File(path, "r+", libver=("v110", "v110"))
 
 
 def _size(shapes: dict[str, tuple]) -> int:
@@ -148,8 +260,20 @@ def _lay_out(
         creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         if early:
             creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        chunks = (min(CHUNK, shape[0]), *shape[1:]) if axes[name].startswith("seq ") and min(shape) > 0 else None
-        file.create_dataset(name, shape, dtype=kind, chunks=chunks, dcpl=creation).attrs["axes"] = axes[name]
+        chunks, checked = None, min(shape) > 0
+        if checked:
+            row = int(np.prod(shape[1:])) * np.dtype(kind).itemsize
+            chunks = (min(CHUNK if axes[name].startswith("seq ") else max(1, PIECE // row), shape[0]), *shape[1:])
+        options = {"dtype": kind, "chunks": chunks, "fletcher32": checked, "dcpl": creation}
+        file.create_dataset(name, shape, **options).attrs["axes"] = axes[name]
+    file.attrs["checksum"] = _of_attributes(file)
+
+
+def _of_attributes(file: h5py.File) -> int:
+    """Checksum of all attributes: HDF5 has none for texts."""
+    holders = [file, *(file[name] for name in file)]
+    found = [sorted((name, str(value)) for name, value in each.attrs.items() if name != "checksum") for each in holders]
+    return xxhash.xxh3_64_intdigest(json.dumps(found).encode()) >> 1  # what a signed integer holds
 
 
 def _sync(path: Path) -> None:
@@ -163,22 +287,55 @@ def _plain(value):
 
 @contextmanager
 def arrays(path: Path, axes: dict[str, str]) -> Iterator[h5py.File]:
-    """An open HDF5 file whose datasets are checked to be there with these axes. ValueError says which file to
-    delete."""
+    """An open HDF5 file whose datasets are checked to be there with these axes, to hold what their names stand for, and
+    to agree in the sizes of axes of one name. ValueError, also where the block reads what is damaged, says which file
+    to delete."""
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+        found = {name: (file[name].attrs.get("axes"), file[name].shape, file[name].dtype) for name in file}
+        if file.attrs.get("checksum") != _of_attributes(file):
+            raise ValueError("its attributes are damaged")
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} can't be read as HDF5 ({error}). Delete it and run again.") from error
     with file:
-        for name, expected in axes.items():
-            if name not in file:
-                raise ValueError(f"{path} has no dataset '{name}', only {', '.join(file)}. Delete it and run again.")
-            if file[name].attrs.get("axes") != expected:
-                raise ValueError(
-                    f"{path}: '{name}' has axes '{file[name].attrs.get('axes')}', expected "
-                    f"'{expected}'. Delete it and run again."
-                )
-        yield file
+        wrong = _wrong(axes, found)
+        if wrong:
+            raise ValueError(f"{path}{wrong}. Delete it and run again.")
+        try:
+            yield file
+        except OSError as error:  # of this file or of another one
+            if _unreadable(file):
+                raise ValueError(f"{path} is damaged ({error}). Delete it and run again.") from error
+            raise
+
+
+def _wrong(axes: dict[str, str], found: dict[str, tuple[str | None, tuple, np.dtype]]) -> str | None:
+    """What is not as expected of the datasets that were found, each with its axes, shape and dtype."""
+    sizes: dict[str, int] = {}
+    for name, (named, shape, _) in found.items():
+        for axis, size in zip((named or "").split(), shape, strict=False):
+            if sizes.setdefault(axis, size) != size:
+                return f": '{name}' has {size} along '{axis}', but another dataset {sizes[axis]}"
+    for name, expected in axes.items():
+        if name not in found:
+            return f" has no dataset '{name}', only {', '.join(found)}"
+        named, _, kind = found[name]
+        if named != expected:
+            return f": '{name}' has axes '{named}', expected '{expected}'"
+        if str(kind) not in (KINDS[name],) if name in KINDS else kind.kind != "f":
+            return f": '{name}' holds {kind}, expected {KINDS.get(name, 'floats')}"
+    return None
+
+
+def _unreadable(file: h5py.File) -> bool:
+    """Whether any of it can't be read."""
+    try:
+        for dataset in (file[name] for name in file):
+            for part in dataset.iter_chunks() if dataset.chunks else [...]:
+                dataset[part]
+    except (OSError, KeyError, RuntimeError):
+        return True
+    return False
 
 
 class Spool:
@@ -250,6 +407,43 @@ def write_table(
         writer.write_table(table.cast(schema))
         for table in groups:
             writer.write_table(table.cast(schema))
+        writer.add_key_value_metadata({"checksum": UNSEALED})
+        writer.close()
+        seal(part)
+
+
+def seal(path: Path) -> None:
+    """Put the checksum of a Parquet or safetensors file into the place that its metadata has for it (`UNSEALED`)."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        place, checksum = _checksum(content)
+        content[place] = checksum
+
+
+def verified(path: Path) -> Path:
+    """The path of a Parquet or safetensors file that is as it was written, byte for byte. ValueError says to delete
+    it."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            place, checksum = _checksum(content)
+            found = content[place]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read ({error}). Delete it and run again.") from error
+    if found != checksum:
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content. Delete it and run again.")
+    return path
+
+
+def _checksum(content: mmap.mmap) -> tuple[slice, bytes]:
+    """Where a file's checksum stands, and what it has to be: XXH3 of everything before and after it."""
+    # Parquet's metadata are at its end, those of safetensors at its head.
+    start = (content.rfind if content[:4] == b"PAR1" else content.find)(SEAL)
+    if start < 0:
+        raise ValueError("it has no checksum")
+    place = slice(start + len(SEAL), start + len(SEAL) + 16)
+    with memoryview(content) as whole:
+        of_content = xxhash.xxh3_64(whole[: place.start])
+        of_content.update(whole[place.stop :])
+    return place, of_content.hexdigest().encode()
 
 
 def table_attributes(path: Path) -> dict:
@@ -258,7 +452,7 @@ def table_attributes(path: Path) -> dict:
     return {
         key.decode(): json.loads(value)
         for key, value in metadata.items()
-        if key not in (b"fingerprint", b"ARROW:schema")
+        if key not in (b"fingerprint", b"checksum", b"ARROW:schema")
     }
 
 
@@ -296,10 +490,13 @@ def read_fingerprint(path: Path) -> str | None:
 
 
 def is_current(path: Path, fingerprint: str) -> bool:
-    """Whether a file can be read and carries this fingerprint."""
+    """Whether a file can be read and carries this fingerprint; a small table, also whether all of it is as it was
+    written."""
     try:
+        if path.suffix == ".parquet" and path.stat().st_size <= SMALL:
+            verified(path)
         return read_fingerprint(path) == fingerprint
-    except ValueError:
+    except (ValueError, OSError):
         return False
 
 
@@ -307,5 +504,5 @@ def file_packages(path: Path) -> dict[str, str]:
     """The versions of packages that an HDF5 or Parquet file was made with."""
     if Path(path).suffix == ".parquet":
         return table_attributes(path)["packages"]
-    with h5py.File(path, "r") as file:
+    with arrays(path, {}) as file:
         return json.loads(file.attrs["packages"])

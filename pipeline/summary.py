@@ -5,9 +5,9 @@ Derived from stored values alone: no model, no SAE, no torch.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
-import h5py
 import numpy as np
 import polars as pl
 
@@ -22,6 +22,9 @@ PLACE = ("model", "corpus", "hook", "sae", "experiment")
 QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
 # A feature that fires on more than this share of the ordinary tokens counts as dense.
 DENSE = 0.1
+# What is read of the reconstructions.
+PER_TOKEN = ("l0", "l1", "norm", "sae_norm", "eps", "cos")
+AXES = dict.fromkeys(PER_TOKEN, "seq pos") | {"feature_count": "feature"}
 UNITS = dict.fromkeys(["kl_mean", *QUANTILES, "ce_mean", "ce_clean_mean", "delta_ce_mean", "delta_ce_median"], "nats")
 UNITS |= {"l0_mean": "features"} | dict.fromkeys(("l1_mean", "eps_mean", "norm_mean"), "activation")
 UNITS |= dict.fromkeys(("explained_variance", "dead_features", "dense_features", "top1_agreement"), "share")
@@ -168,8 +171,11 @@ def _by_sae(paths: list[Path]) -> list[list[Path]]:
 
 def sae_row(paths: list[Path], moments: list[Path], special: dict, boot: dict[int, Bootstrap]) -> dict:
     """One SAE on one corpus, over ordinary tokens: sparsity, fit, and which features fire never or nearly always."""
-    files = [h5py.File(path) for path in paths]
-    attributes = files[0].attrs
+    with ExitStack() as stack:
+        files = [stack.enter_context(store.arrays(path, AXES)) for path in paths]
+        attributes = dict(files[0].attrs)
+        values = {name: np.concatenate([file[name][:] for file in files]).astype(np.float64) for name in PER_TOKEN}
+        fired = sum(file["feature_count"][:] for file in files)
     chosen = ~special[attributes["model"], attributes["corpus"]]
     hook = parse_hook(attributes["write"])
     labels = {name: attributes[name] for name in ("model", "corpus", "sae", "architecture")}
@@ -179,13 +185,6 @@ def sae_row(paths: list[Path], moments: list[Path], special: dict, boot: dict[in
         "layer": hook.layer,
         "d_in": int(attributes["d_in"]),
     }
-    values = {
-        name: np.concatenate([file[name][:] for file in files]).astype(np.float64)
-        for name in ("l0", "l1", "norm", "sae_norm", "eps", "cos")
-    }
-    fired = sum(file["feature_count"][:] for file in files)
-    for file in files:
-        file.close()
     if values["eps"].shape != chosen.shape:
         found, expected = len(values["eps"]), len(chosen)
         raise ValueError(f"{paths[0].parent} holds {found} sequences, expected {expected}. Delete it and run again.")

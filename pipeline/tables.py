@@ -119,8 +119,8 @@ def known(call: Call, block: int) -> Known:
 
 def _family(path: Path) -> str | None:
     try:
-        return store.table_attributes(path).get("family")
-    except (OSError, pa.ArrowException):  # a damaged file; it is made again
+        return store.table_attributes(store.verified(path)).get("family")
+    except (ValueError, pa.ArrowException):  # a damaged file; it is made again
         return None
 
 

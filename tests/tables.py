@@ -20,11 +20,12 @@ def call(outputs, inputs, key=None, **settings) -> Call:
     return Call(key or {}, settings, inputs, outputs, "f00d", 1, "cpu", 1)
 
 
-def arrays(path: Path, axes: str, values: dict, **attributes) -> Path:
-    """An HDF5 file of datasets that all have the same axes."""
+def arrays(path: Path, axes: str | dict, values: dict, **attributes) -> Path:
+    """An HDF5 file of datasets that all have the same axes, or each its own."""
     values = {name: np.asarray(value) for name, value in values.items()}
     shapes = {name: (value.shape, str(value.dtype)) for name, value in values.items()}
-    with store.new_arrays(path, "f00d", dict.fromkeys(values, axes), shapes, **attributes) as file:
+    axes = dict.fromkeys(values, axes) if isinstance(axes, str) else axes
+    with store.new_arrays(path, "f00d", axes, shapes, **attributes) as file:
         for name, value in values.items():
             file[name][:] = value
     return path

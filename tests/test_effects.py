@@ -544,6 +544,7 @@ def sharded(path, folder, first, last):
         for name, values in whole.items():
             rows = values[first:last] if str(values.attrs["axes"]).startswith("seq ") else values[:]
             part.create_dataset(name, data=rows).attrs["axes"] = values.attrs["axes"]
+        part.attrs["checksum"] = store._of_attributes(part)
     return folder / path.name
 
 

@@ -11,7 +11,7 @@ from fakes import ROOT
 from tables import HOOK, around, call, frame, row, table
 from test_examples import files as token_files
 
-from pipeline import figures, metric_tables
+from pipeline import figures, metric_tables, store
 from pipeline.charts import COLOURS, PAIR
 from pipeline.effect_charts import GONE, KL_BINS, KL_CLIP, LOSS_BINS, LOSS_CLIP, POSITION_BIN
 from pipeline.figures import FIGURES
@@ -71,7 +71,7 @@ def asked(folder, figure, study, tables):
 
 def of_analyses(folder):
     """The tables of all analyses, of two SAEs or more, as files."""
-    study_tables.saes("early", "late").write_parquet(folder / "saes.parquet")
+    store.write_table(folder / "saes.parquet", [study_tables.saes("early", "late").to_arrow()], "f00d", {})
     extremes, top_tokens = token_files(folder)
     found = {"extremes": extremes, "top_tokens": top_tokens}
     tables = {name: pl.concat([made(), made("late", 2)]) for name, made in study_tables.TABLES.items()}

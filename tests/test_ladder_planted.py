@@ -69,10 +69,8 @@ def rungs(folder, weights, error):
     x_hat = (x + error(x)).astype(np.float32)
     per_token = reconstructions.per_token(*map(torch.from_numpy, (x, x_hat, x)), torch.tensor([0]))
     numbers = {name: value.numpy() for name, value in per_token.items()}
-    arrays(folder / "reconstructions.h5", "seq pos", numbers, first=0)
-    with h5py.File(folder / "reconstructions.h5", "r+") as file:
-        file["x_hat"] = x_hat
-        file["x_hat"].attrs["axes"] = "seq pos d"
+    axes = dict.fromkeys(numbers, "seq pos") | {"x_hat": "seq pos d"}
+    arrays(folder / "reconstructions.h5", axes, numbers | {"x_hat": x_hat}, first=0)
     moments.work(call(inputs["moments"], inputs, place | {"hook": HOOK}))
     errors.work([call(inputs["errors"], inputs, {"sae": "early", "corpus": "story"}, model="tiny", hook=HOOK)])
     settings = {"interventions": list(RUNGS), "scope": "all", "draws": 4, "patch_special": False, "hook": HOOK}

@@ -27,7 +27,7 @@ def asked(folder, metrics=METRICS, saes=SAES, columns=COLUMNS, confidence=0.9):
     """A call of the stage. The table of SAEs stands beside that of effects, which is the summary's file in the plan."""
     (folder / "summary").mkdir(exist_ok=True)
     metrics.write_parquet(folder / "metrics.parquet")
-    saes.write_parquet(folder / "summary" / "saes.parquet")
+    store.write_table(folder / "summary" / "saes.parquet", [saes.to_arrow()], "f00d", {})
     inputs = {"summary": [folder / "summary" / "effects.parquet"], "metrics": [folder / "metrics.parquet"]}
     return call([folder / "paper" / name for name in NAMES], inputs, {}, columns=columns, confidence=confidence)
 

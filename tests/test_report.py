@@ -34,7 +34,8 @@ def page(folder, rows, table=None, checks=(CHECK,), analyses=None, names=("kl_by
     """The HTML page and the line of text. `analyses`: tables of results by name; `names`: those of the figures."""
     summary, figures = folder / "effects.parquet", [folder / f"{name}.parquet" for name in names]
     store.write_table(summary, [frame(rows).to_arrow()], "0123", {}, packages={"torch": "1.2.3"})
-    frame([saes_row()] if table is None else table).write_parquet(folder / "saes.parquet")
+    of_saes = frame([saes_row()] if table is None else table).to_arrow()
+    store.write_table(folder / "saes.parquet", [of_saes], "f00d", {})
     for figure in figures:
         figure.with_suffix(".svg").write_bytes(SVG)
     outputs = [folder / "report.html", folder / "headline.txt"]

@@ -182,7 +182,8 @@ def fit(folder, x, x_hat, cuts=(0, 6), counts=(1, 1, 1, 1), **per_token):
     for i, (first, last) in enumerate(pairwise(cuts)):
         path, part = folder / f"{i}.h5", {name: value[first:last] for name, value in values.items()}
         part["feature_count"] = np.array(counts) * (i == 0)
-        parts += [arrays(path, "seq pos", part, first=first, **labels, model="tiny", corpus="story")]
+        axes = dict.fromkeys(values, "seq pos") | {"feature_count": "feature"}
+        parts += [arrays(path, axes, part, first=first, **labels, model="tiny", corpus="story")]
     (row,) = summarise(folder, moments=[folder / "moments.h5"], scores=parts)[1].rows(named=True)
     return row
 

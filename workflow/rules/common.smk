@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline import config as configuration
 from pipeline import estimate, store
-from pipeline.jobs import BATCHES, PATTERNS
+from pipeline.jobs import BATCHES, BESIDE, PATTERNS
 from pipeline.plan import Plan
 from pipeline.stage import drop
 
@@ -27,6 +27,9 @@ try:
     PLAN = Plan(configuration.load(config))
 except (ValueError, OSError) as error:
     raise WorkflowError(str(error)) from None
+# Of a workflow that includes this one, Snakemake's locks are its own business.
+if workflow.is_main_process and Path(str(workflow.main_snakefile)).resolve() == ROOT / "Snakefile":
+    ALIVE = store.unlocked(Path(".snakemake"))
 REPORT = Path(PATTERNS["report"])
 HEADLINE = REPORT.with_name("headline.txt")
 
@@ -61,7 +64,9 @@ def state(path):
     """Of a planned item: "missing", "stale" or "current"."""
     if not Path(path).exists():
         return "missing"
-    return "current" if store.is_current(path, PLAN[path].fingerprint) else "stale"
+    paths = [path, *BESIDE.get(PLAN[path].stage, [])]
+    current = all(store.is_current(Path(each), PLAN[path].fingerprint) for each in paths)
+    return "current" if current else "stale"
 
 
 @cache

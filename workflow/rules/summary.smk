@@ -4,7 +4,7 @@ rule summary:
         inputs("summary"),
     output:
         PATTERNS["summary"],
-        "results/summary/saes.parquet",
+        BESIDE["summary"],
     log:
         "results/logs/summary/summary.log",
     benchmark:
