@@ -97,16 +97,18 @@ class Record:
 
 
 def disturbed(folder: Path, config: str, faults: int, random: random.Random, pause: float, record: Record) -> None:
-    """Run until all is made, with so many faults on the way, about `pause` seconds between two. RuntimeError where a
-    run that nothing happened to fails."""
+    """Run until all is made, with so many faults on the way, about `pause` seconds between two while jobs run.
+    RuntimeError where a run that nothing happened to fails."""
     known: dict[str, tuple[int, int]] = {}
     while True:
         run = start(folder, config)
         record.runs += 1
-        hurt, lost, due = False, set(), time.monotonic() + random.uniform(0, 2 * pause)
+        hurt, lost, due = False, set(), None
         while run.poll() is None:
             time.sleep(POLL)
-            if record.faults.total() < faults and time.monotonic() >= due:
+            if due is None and jobs(folder):
+                due = time.monotonic() + random.uniform(0, 2 * pause)
+            if record.faults.total() < faults and due is not None and time.monotonic() >= due:
                 kind = random.choice(FAULTS)
                 struck = strike(folder, run, kind, random)
                 hurt, lost = hurt or struck is not None, lost | (struck or set())
@@ -203,7 +205,7 @@ def main() -> None:
         while record.faults.total() < arguments.kills:
             shutil.rmtree(rough / "results", ignore_errors=True)
             rounds += 1
-            pause = arguments.pause or max(8, 1.5 * seconds / arguments.kills)
+            pause = arguments.pause or max(4, seconds / arguments.kills)
             disturbed(rough, arguments.config, arguments.kills, generator, pause, record)
             different = differences(calm, rough)
             print(f"round {rounds}: {record}; different: {different}", flush=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -32,8 +33,9 @@ def parquet(path, fingerprint="f00d", groups=(TABLE,), **attributes):
 
 
 def safetensors(path, fingerprint="f00d"):
-    header = json.dumps({"__metadata__": {"fingerprint": fingerprint}}).encode()
+    header = json.dumps({"__metadata__": {"fingerprint": fingerprint, "checksum": store.UNSEALED}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
+    store.seal(path)
     return path
 
 
@@ -347,3 +349,188 @@ def test_a_full_disk_is_noticed_before_a_spool_is_begun(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Free some space"):
         spool(tmp_path)
     assert names(tmp_path) == []
+
+
+# Damage.
+
+
+def flipped(path, place, bit=0):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def content(path):
+    with store.arrays(path, AXES) as file:
+        return dict(file.attrs), file["activation"][:].tobytes()
+
+
+def test_a_flipped_bit_of_arrays_is_noticed_wherever_it_matters(tmp_path):
+    path = h5(tmp_path / "a.h5", model="tiny", first=0)
+    whole, expected, noticed = path.read_bytes(), content(path), 0
+    for place in range(0, len(whole), 29):
+        flipped(path, place, place % 8)
+        try:
+            found = content(path)
+        except ValueError as error:
+            found, noticed = str(error), noticed + 1
+        assert found == expected or ("a.h5" in found and "Delete it and run again" in found), (place, found)
+        path.write_bytes(whole)
+    assert noticed > len(whole) / 29 / 4
+
+
+def test_a_flipped_bit_of_a_chunk_names_its_file_where_several_are_open(tmp_path):
+    whole, broken = h5(tmp_path / "whole.h5"), h5(tmp_path / "broken.h5")
+    with h5py.File(broken) as file:
+        place = file["activation"].id.get_chunk_info(1).byte_offset
+    flipped(broken, place)
+
+    def read():
+        with store.arrays(broken, AXES) as one, store.arrays(whole, AXES) as other:
+            assert (other["activation"][:8] == one["activation"][:8]).all()
+            return one["activation"][:]
+
+    with pytest.raises(ValueError, match=r"broken\.h5 is damaged .*Delete it and run again"):
+        read()
+
+
+def test_errors_that_have_nothing_to_do_with_the_file_pass(tmp_path):
+    with pytest.raises(OSError, match="of its own"), store.arrays(h5(tmp_path / "a.h5"), AXES):
+        raise OSError("of its own")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.safetensors"])
+def test_every_flipped_byte_of_a_table_or_of_weights_is_noticed(tmp_path, name):
+    path = WRITERS[name](tmp_path / name)
+    whole = path.read_bytes()
+    assert store.verified(path) == path
+    for place in range(len(whole)):
+        flipped(path, place, place % 8)
+        with pytest.raises(ValueError, match=rf"{name}.*Delete it and run again"):
+            store.verified(path)
+        path.write_bytes(whole)
+
+
+def test_a_small_table_is_current_only_where_all_of_it_is_as_it_was_written(tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet")
+    assert store.is_current(path, "f00d")
+    flipped(path, 8)
+    assert not store.is_current(path, "f00d")
+    monkeypatch.setattr(store, "SMALL", 10)
+    assert store.is_current(path, "f00d")  # the stage that reads it says so
+
+
+def test_datasets_of_another_kind_are_refused(tmp_path):
+    axes, shapes = (
+        {"token": "seq pos", "activation": "seq pos d"},
+        {"token": (4, 3), "activation": ((4, 3, 2), "int32")},
+    )
+    with store.new_arrays(tmp_path / "a.h5", "f00d", axes, shapes):
+        pass
+    for name, message in (("token", "'token' holds float32, expected int32"), ("activation", "int32, expected floats")):
+        with (
+            pytest.raises(ValueError, match=f"{message}. Delete it"),
+            store.arrays(tmp_path / "a.h5", {name: axes[name]}),
+        ):
+            pass
+
+
+def test_datasets_that_disagree_about_an_axis_are_refused(tmp_path):
+    axes, shapes = AXES | {"ce": "seq pos"}, SHAPES | {"ce": (20, 5)}
+    with store.new_arrays(tmp_path / "a.h5", "f00d", axes, shapes):
+        pass
+    with pytest.raises(ValueError, match=r"a\.h5: 'ce' has 5 along 'pos', .* 4"), store.arrays(tmp_path / "a.h5", AXES):
+        pass
+
+
+def unfinished(folder):
+    (path,) = folder.glob("*.unfinished")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "mark"])
+def test_a_damaged_unfinished_file_is_begun_again(tmp_path, monkeypatch, damage):
+    stop_halfway(tmp_path / "a.h5", monkeypatch)
+    path = unfinished(tmp_path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "flipped":
+        with h5py.File(path) as file:
+            place = file["activation"].id.get_chunk_info(0).byte_offset
+        flipped(path, place)
+    else:
+        (tmp_path / ".a.h5.f00d.done").write_text("")
+    with begin(tmp_path / "a.h5") as made:
+        assert made.done == 0
+        made.file["activation"][:] = 4
+    assert (np.frombuffer(content(tmp_path / "a.h5")[1], np.float32) == 4).all()
+
+
+def test_chunks_that_were_torn_after_the_mark_are_written_again(tmp_path, monkeypatch):
+    stop_halfway(tmp_path / "a.h5", monkeypatch)
+    with h5py.File(unfinished(tmp_path)) as file:
+        places = [file["activation"].id.get_chunk_info(i).byte_offset for i in (1, 2)]
+    for place in places:
+        flipped(unfinished(tmp_path), place)
+    with begin(tmp_path / "a.h5") as made:
+        assert made.done == 8
+        made.file["activation"][8:12] = 3
+        made.file["activation"][12:] = 4  # both are parts of chunks
+    with store.arrays(tmp_path / "a.h5", AXES) as file:
+        assert file["activation"][:, 0, 0].tolist() == [1] * 8 + [3] * 4 + [4] * 8
+
+
+# Other processes.
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline import store
+with store.alone([Path(sys.argv[1])]):
+    print("held", flush=True)
+    sys.stdin.read()
+    Path(sys.argv[1]).write_text("made")
+"""
+
+
+def other_process(code, *arguments):
+    """It has said its first word."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, **pipes)
+    assert process.stdout.readline()
+    return process
+
+
+def test_a_file_that_another_process_makes_is_waited_for(tmp_path):
+    other = other_process(HOLD, tmp_path / "a")
+    threading.Timer(0.5, other.stdin.close).start()
+    with store.alone([tmp_path / "a"]) as waited:
+        assert waited
+        assert (tmp_path / "a").read_text() == "made"
+    assert other.wait() == 0
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_killed_process_holds_nothing(tmp_path):
+    other = other_process(HOLD, tmp_path / "a")
+    other.kill()
+    other.wait()
+    with store.alone([tmp_path / "a"]) as waited:
+        assert not waited
+    assert names(tmp_path) == []
+
+
+def test_locks_of_killed_runs_are_removed_and_those_of_live_ones_are_not(tmp_path):
+    code = "import sys; from pathlib import Path; from pipeline import store\n"
+    code += "alive = store.unlocked(Path(sys.argv[1])); print('alive', flush=True); sys.stdin.read()"
+    other = other_process(code, tmp_path)
+    for name in ("locks/0.output.lock", "incomplete/ab/cd"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("results/a.h5")
+    store.unlocked(tmp_path).close()
+    assert (tmp_path / "locks/0.output.lock").exists()
+    other.kill()
+    other.wait()
+    with store.unlocked(tmp_path):
+        assert not (tmp_path / "locks/0.output.lock").exists()
+        assert not (tmp_path / "incomplete/ab/cd").exists()
