@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,16 +75,17 @@ def outputs(process: psutil.Process) -> set[str]:
     return items & set(command[command.index("--out") + 1 :])
 
 
-def finished(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file that holds numbers, with inode and time in ns: another one was written again."""
-    found = {}
-    for kind in KINDS:
-        for path in folder.glob(f"results/**/[!.]*.{kind}"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            found[str(path.relative_to(folder))] = (status.st_ino, status.st_mtime_ns)
+def finished(folder: Path) -> dict[str, int]:
+    """Every file that holds numbers, with its inode: with another one it was written again. Times say nothing, because
+    Snakemake touches. A link in `kept` sees to it that no inode is given away twice."""
+    found, kept = {}, folder / "kept"
+    kept.mkdir(exist_ok=True)
+    for path in (path for kind in KINDS for path in folder.glob(f"results/**/[!.]*.{kind}")):
+        with suppress(FileNotFoundError):
+            inode = path.stat().st_ino
+            with suppress(FileExistsError):
+                os.link(path, kept / str(inode))
+            found[str(path.relative_to(folder))] = inode
     return found
 
 
@@ -99,7 +101,7 @@ class Record:
 def disturbed(folder: Path, config: str, faults: int, random: random.Random, pause: float, record: Record) -> None:
     """Run until all is made, with so many faults on the way, about `pause` seconds between two while jobs run.
     RuntimeError where a run that nothing happened to fails."""
-    known: dict[str, tuple[int, int]] = {}
+    known: dict[str, int] = {}
     while True:
         run = start(folder, config)
         record.runs += 1
@@ -116,7 +118,10 @@ def disturbed(folder: Path, config: str, faults: int, random: random.Random, pau
                 due = time.monotonic() + random.uniform(0, 2 * pause)
                 print(f"{record.faults.total()}: {kind if struck is not None else 'no job to kill'}", flush=True)
             now = finished(folder)
-            record.again += [path for path in known if now.get(path) != known[path] and path not in lost]
+            again = [path for path in known if now.get(path) != known[path] and path not in lost]
+            if again:
+                print(f"run {record.runs}: again: {' '.join(again)}", flush=True)
+            record.again += again
             known = now
         if run.returncode == 0:
             return
@@ -203,7 +208,8 @@ def main() -> None:
         print(f"undisturbed: {seconds:.0f} s", flush=True)
         generator, record, rounds, began = random.Random(arguments.seed), Record(), 0, time.monotonic()
         while record.faults.total() < arguments.kills:
-            shutil.rmtree(rough / "results", ignore_errors=True)
+            for name in ("results", "kept"):
+                shutil.rmtree(rough / name, ignore_errors=True)
             rounds += 1
             pause = arguments.pause or max(4, seconds / arguments.kills)
             disturbed(rough, arguments.config, arguments.kills, generator, pause, record)

@@ -5,8 +5,10 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fakes import ROOT
 from snakemake.shell import shell
@@ -111,6 +113,32 @@ def test_a_damaged_input_is_named(monkeypatch, caplog, asked):
     message = refused(monkeypatch, caplog, [item])
     assert f"{files[1]} can't be read" in message
     assert "Delete it" in message
+
+
+def test_a_table_with_a_flipped_bit_is_named(monkeypatch, caplog, tmp_path):
+    path = tmp_path / "effects.parquet"
+    store.write_table(path, [pa.table({"kl": [0.5, 1.0]})], "aaaa", {})
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes(content)
+    message = refused(monkeypatch, caplog, [job(tmp_path / "made.h5", [("effects", path, "aaaa")])])
+    assert f"{path} is damaged: its checksum is not that of its content. Delete it and run again." in message
+
+
+def test_what_another_process_made_in_the_meantime_is_left_alone(monkeypatch, tmp_path):
+    item, calls = job(tmp_path / "made.h5"), []
+
+    @contextmanager
+    def waited(paths):
+        array(*paths, "ffff")
+        yield True
+
+    monkeypatch.setattr(store, "alone", waited)
+    start(monkeypatch, [item], calls.append, out=tmp_path / "made.h5")
+    assert calls == []
+    start(monkeypatch, [item], calls.append, out=tmp_path / "made.h5", options=[str(tmp_path / "lost.svg")])
+    start(monkeypatch, [item | {"fingerprint": "eeee"}], calls.append, out=tmp_path / "made.h5")
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("kind", [ValueError, OSError])
