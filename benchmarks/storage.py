@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.measure import ROOT, Options, Table, Times, interleaved, ratios
-from pipeline import store
+from pipeline import seals, store
 from pipeline.batches import BATCH
 
 AXES = {"activation": "seq pos d"}
@@ -90,7 +90,7 @@ def _tables(folder: Path, rows: int, options: Options) -> list[dict[str, object]
     forms: dict[str, Callable] = {
         "write": lambda: store.write_table(ours, iter(groups), "f00d", {"kl": "nats"}),
         "plain write": lambda: _write_buffers(plain, buffers),
-        "read": lambda: pq.read_table(store.verified(ours)),
+        "read": lambda: pq.read_table(seals.verified(ours)),
         "plain read": lambda: np.fromfile(plain, np.uint8),
     }
     times, _ = interleaved(forms, options.turns(5))

@@ -17,6 +17,7 @@ from pipeline import (
     error_charts,
     frontier_charts,
     metric_charts,
+    seals,
     selection,
     store,
     study_charts,
@@ -175,7 +176,7 @@ def _read_summary(call: Call) -> pl.DataFrame:
 
 
 def _read_saes(call: Call) -> pl.DataFrame:
-    return pl.read_parquet(store.verified(call.input("summary").with_name("saes.parquet")))
+    return pl.read_parquet(seals.verified(call.input("summary").with_name("saes.parquet")))
 
 
 def _read_rows(role: str) -> Callable[[Call], pl.DataFrame]:

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parent
 # Infrastructure moves bytes and decides nothing about numbers; a change of its file format raises FORMAT instead.
 INFRASTRUCTURE = frozenset(
     {
-        *("config", "experiments", "fingerprint", "headers", "hub", "inputs", "jobs", "labels", "outcomes", "plan"),
-        *("registry", "releases", "stage", "store"),
+        *("config", "experiments", "fingerprint", "headers", "hub", "inputs", "jobs", "labels", "locks", "outcomes"),
+        *("plan", "registry", "releases", "seals", "stage", "store"),
     }
 )
 FORMAT = 2

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline import hub, store
+from pipeline import hub, seals
 from pipeline.hooks import read_json
 
 # Positions for which rotary tables are stored; no SAE that we know was trained on longer contexts.
@@ -170,9 +170,9 @@ def checked(weights: Weights, source: object) -> Weights:
 
 def save(weights: Weights, path: Path, fingerprint: str) -> None:
     """Write weights as safetensors, with settings, fingerprint and checksum in the header."""
-    metadata = {"fingerprint": fingerprint, "settings": json.dumps(weights.settings), "checksum": store.UNSEALED}
+    metadata = {"fingerprint": fingerprint, "settings": json.dumps(weights.settings), "checksum": seals.UNSEALED}
     save_file(weights.state, path, metadata=metadata)
-    store.seal(path)
+    seals.seal(path)
 
 
 def load(path: Path, device: str = "cpu") -> Weights:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline import paper_table, store
+from pipeline import paper_table, seals, store
 from pipeline.stage import Call, log, run
 
 
@@ -28,7 +28,7 @@ def work(call: Call) -> None:
 
 
 def _saes(call: Call) -> Path:
-    return store.verified(call.input("summary").with_name("saes.parquet"))
+    return seals.verified(call.input("summary").with_name("saes.parquet"))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import polars as pl
 
-from pipeline import selection, store
+from pipeline import seals, selection, store
 from pipeline.examples import examples
 from pipeline.report_tables import ANALYSES, EFFECTS, SAES, analysis, paper, several, shown
 from pipeline.stage import Call, log, run
@@ -108,7 +108,7 @@ def _figure(table: Path) -> dict[str, str]:
 def content(call: Call, text: str, confidence: str) -> dict:
     """What the template shows."""
     path = call.input("summary")
-    summary, saes = pl.read_parquet(path), pl.read_parquet(store.verified(path.with_name("saes.parquet")))
+    summary, saes = pl.read_parquet(path), pl.read_parquet(seals.verified(path.with_name("saes.parquet")))
     tables = {path.stem: pl.read_parquet(path) for path in call.inputs.get("analyses", []) if path.stem in ANALYSES}
     shown_tables = {name: analysis(name, table) for name, table in tables.items()}
     for table in call.inputs.get("paper", []):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import fingerprint, store
+from pipeline import fingerprint, locks, seals, store
 
 log = logging.getLogger("faithful")
 
@@ -128,7 +128,7 @@ def _main(stage: str, work: Callable[[list[dict], argparse.Namespace, bool], Non
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     items, began = json.load(sys.stdin), time.monotonic()
     try:
-        with store.alone(Path(item["path"]) for item in items) as waited:
+        with locks.alone(Path(item["path"]) for item in items) as waited:
             work(items, arguments, waited)
         drop(items)
     except (ValueError, OSError) as error:
@@ -185,6 +185,6 @@ def _inputs(stage: str, planned: list[list[str]]) -> dict[str, list[Path]]:
                 "settings. Delete it and run again."
             )
         if path.suffix != ".h5":  # whose chunks are checked when they are read
-            store.verified(path)
+            seals.verified(path)
         inputs[role].append(path)
     return dict(inputs)

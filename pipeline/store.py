@@ -5,29 +5,27 @@ writes the same file sweeps them away. What is read is checked: HDF5 by the chec
 structure, Parquet and safetensors by a checksum of the whole file that stands in its metadata.
 """
 
-import errno
-import fcntl
 import json
 import logging
-import mmap
 import os
 import platform
 import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
 
 import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+
+from pipeline.seals import UNSEALED, seal, verified
 
 log = logging.getLogger("faithful")
 # Sequences per HDF5 chunk.
@@ -42,10 +40,6 @@ KINDS = {"token": "int32", "top1": "int32", "sample_place": "int32", "special": 
 KINDS |= {"unigram": "int64", "feature_count": "int64"}
 # Tables up to this size are checked whole when a run is planned: all final ones, which no later stage reads.
 SMALL = 2**20
-# What stands before a file's checksum, and the place that is left for it.
-SEAL = b"xxh3_64:"
-UNSEALED = SEAL.decode() + 16 * "0"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Left free on the disk after a write: on a full one, HDF5 dies of a signal and leaves a broken file.
 HEADROOM = 64 * 2**20
 
@@ -79,64 +73,6 @@ def written(path: Path, size: int = 0) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(paths: Iterable[Path]) -> Iterator[bool]:
-    """Within the block no other process of ours makes these files, such as a job that outlived a killed run: it is
-    waited for. Gives whether it was."""
-    waited = False
-    with ExitStack() as stack:
-        for path in sorted(set(paths)):  # in one order, so that no two wait for each other
-            waited |= stack.enter_context(_locked(path.parent / f".lock.{path.name}"))
-        yield waited
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """A file that is locked within the block and gone after it; gives whether another process had it first. The lock
-    ends with its process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    waited = False
-    while True:
-        with open(path, "a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.warning("waiting for another process, of an earlier run, that makes the same file: %s", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-                waited = True
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                log.warning("%s: this file system has no locks. Let no job of an earlier run go on.", path)
-            if path.exists() and os.path.samestat(
-                os.fstat(file.fileno()), path.stat()
-            ):  # not removed by its last owner
-                try:
-                    yield waited
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
-
-def unlocked(folder: Path) -> TextIO:
-    """Remove what killed runs have left in Snakemake's folder, if no run is alive there: locks, and the marks of
-    incomplete outputs, because ours are complete where they exist, and Snakemake would delete them. The open file says
-    that this run is alive, until its process ends."""
-    folder.mkdir(exist_ok=True)
-    alive = open(folder / "alive", "a", encoding="utf-8")  # noqa: SIM115
-    try:
-        with suppress(BlockingIOError):
-            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in ("locks", "incomplete"):
-                for path in [path for path in (folder / left).rglob("*") if path.is_file()]:
-                    path.unlink()
-        fcntl.flock(alive, fcntl.LOCK_SH)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return alive
 
 
 @contextmanager
@@ -410,40 +346,6 @@ def write_table(
         writer.add_key_value_metadata({"checksum": UNSEALED})
         writer.close()
         seal(part)
-
-
-def seal(path: Path) -> None:
-    """Put the checksum of a Parquet or safetensors file into the place that its metadata has for it (`UNSEALED`)."""
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        place, checksum = _checksum(content)
-        content[place] = checksum
-
-
-def verified(path: Path) -> Path:
-    """The path of a Parquet or safetensors file that is as it was written, byte for byte. ValueError says to delete
-    it."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            place, checksum = _checksum(content)
-            found = content[place]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read ({error}). Delete it and run again.") from error
-    if found != checksum:
-        raise ValueError(f"{path} is damaged: its checksum is not that of its content. Delete it and run again.")
-    return path
-
-
-def _checksum(content: mmap.mmap) -> tuple[slice, bytes]:
-    """Where a file's checksum stands, and what it has to be: XXH3 of everything before and after it."""
-    # Parquet's metadata are at its end, those of safetensors at its head.
-    start = (content.rfind if content[:4] == b"PAR1" else content.find)(SEAL)
-    if start < 0:
-        raise ValueError("it has no checksum")
-    place = slice(start + len(SEAL), start + len(SEAL) + 16)
-    with memoryview(content) as whole:
-        of_content = xxhash.xxh3_64(whole[: place.start])
-        of_content.update(whole[place.stop :])
-    return place, of_content.hexdigest().encode()
 
 
 def table_attributes(path: Path) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline import store
+from pipeline import seals, store
 from pipeline.stage import Call, log
 
 # The label of an intervention, and the number of a draw.
@@ -119,7 +119,7 @@ def known(call: Call, block: int) -> Known:
 
 def _family(path: Path) -> str | None:
     try:
-        return store.table_attributes(store.verified(path)).get("family")
+        return store.table_attributes(seals.verified(path)).get("family")
     except (ValueError, pa.ArrowException):  # a damaged file; it is made again
         return None
 

@@ -29,7 +29,7 @@ KINDS = ("h5", "parquet", "safetensors")
 TABLES = ("**/*.parquet", "paper/*", "headline.txt", "figures/*.svg")
 # To a job: it alone is killed. To Snakemake: killed while its jobs go on, with all of its jobs, or asked to end.
 FAULTS = ("job", "job", "orphans", "all", "terminate", "interrupt")
-POLL = 0.25  # seconds
+POLL = 0.5  # seconds
 
 
 def project(target: Path) -> Path:
@@ -42,9 +42,9 @@ def project(target: Path) -> Path:
     return target
 
 
-def start(folder: Path, config: str, *arguments: str) -> subprocess.Popen:
-    """A plain run, in a process group of its own, whose output goes to `run.log`."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", config, *arguments]
+def start(folder: Path, config: str, *targets: str) -> subprocess.Popen:
+    """A plain run, of everything or of some targets, in a process group of its own, whose output goes to `run.log`."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", config, "--", *targets]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with open(folder / "run.log", "w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
@@ -98,12 +98,14 @@ class Record:
     again: list[str] = field(default_factory=list)
 
 
-def disturbed(folder: Path, config: str, faults: int, random: random.Random, pause: float, record: Record) -> None:
+def disturbed(
+    folder: Path, config: str, faults: int, random: random.Random, pause: float, record: Record, *targets: str
+) -> None:
     """Run until all is made, with so many faults on the way, about `pause` seconds between two while jobs run.
     RuntimeError where a run that nothing happened to fails."""
     known: dict[str, int] = {}
     while True:
-        run = start(folder, config)
+        run = start(folder, config, *targets)
         record.runs += 1
         hurt, lost, due = False, set(), None
         while run.poll() is None:
@@ -165,9 +167,9 @@ def end(process: psutil.Process) -> None:
         return
 
 
-def undisturbed(folder: Path, config: str) -> float:
+def undisturbed(folder: Path, config: str, *targets: str) -> float:
     """A run that is left alone; its seconds."""
-    began, run = time.monotonic(), start(folder, config)
+    began, run = time.monotonic(), start(folder, config, *targets)
     if run.wait():
         raise RuntimeError((folder / "run.log").read_text()[-4000:])
     return time.monotonic() - began

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 SMALL = "tests/configs/small.yaml"
+# Without figures: every kind of file is there, and every stage that takes long.
+TARGETS = ("results/summary/effects.parquet", "results/paper/saes.parquet")
 H5 = "results/reconstructions/resid/heldout/0-of-1.h5"
 CLEAN = "results/clean/demo/heldout/0-of-1.h5"
 EFFECTS = "results/effects/main/resid/heldout/0-of-1.parquet"
@@ -22,7 +24,7 @@ FINAL = "results/summary/saes.parquet"
 
 
 def small(folder: Path) -> Path:
-    """A project with one SAE, eight contexts and few figures' worth of work."""
+    """A project with one SAE and eight contexts."""
     made = faults.project(folder)
     config = yaml.safe_load((made / "tests/configs/tiny.yaml").read_text())
     changes = {"saes": config["saes"][:1], "corpora": [config["corpora"][0] | {"contexts": 8}]}
@@ -34,7 +36,7 @@ def small(folder: Path) -> Path:
 def calm(tmp_path_factory) -> Path:
     """A run that was left alone."""
     made = small(tmp_path_factory.mktemp("calm"))
-    faults.undisturbed(made, SMALL)
+    faults.undisturbed(made, SMALL, *TARGETS)
     return made
 
 
@@ -50,14 +52,14 @@ def copy(calm: Path, folder: Path, *without: str) -> Path:
 
 def ran(folder: Path) -> str:
     """The words of a plain run that goes well."""
-    run = faults.start(folder, SMALL)
+    run = faults.start(folder, SMALL, *TARGETS)
     said = (run.wait(), (folder / "run.log").read_text())
     assert said[0] == 0, said[1]
     return said[1]
 
 
 def failed(folder: Path) -> str:
-    run = faults.start(folder, SMALL)
+    run = faults.start(folder, SMALL, *TARGETS)
     assert run.wait() != 0
     return (folder / "run.log").read_text()
 
@@ -71,7 +73,7 @@ def until(condition: Callable[[], object], run: subprocess.Popen) -> None:
 def test_killed_runs_end_with_the_numbers_of_one_that_was_left_alone(calm, tmp_path):
     rough, record = small(tmp_path / "rough"), faults.Record()
     kills = int(os.environ.get("FAITHFUL_KILLS", 3))
-    faults.disturbed(rough, SMALL, kills, random.Random(kills), 2, record)
+    faults.disturbed(rough, SMALL, kills, random.Random(kills), 2, record, *TARGETS)
     assert record.faults.total() == kills
     assert record.again == []
     assert faults.differences(calm, rough) == []
@@ -79,7 +81,7 @@ def test_killed_runs_end_with_the_numbers_of_one_that_was_left_alone(calm, tmp_p
 
 def test_a_run_beside_another_is_refused_and_harms_nothing(calm, tmp_path):
     project = copy(calm, tmp_path / "two", "results/effects", "results/batches/effects")
-    first = faults.start(project, SMALL)
+    first = faults.start(project, SMALL, *TARGETS)
     until(lambda: list(project.glob(".snakemake/locks/*.lock")), first)
     first.send_signal(signal.SIGSTOP)  # so that it is there for as long as it takes
     try:
@@ -93,14 +95,14 @@ def test_a_run_beside_another_is_refused_and_harms_nothing(calm, tmp_path):
 
 def test_a_run_goes_on_after_a_killed_one_whose_jobs_outlived_it_and_whose_lock_is_left(calm, tmp_path):
     project = copy(calm, tmp_path / "stale", CLEAN, "results/effects", "results/batches/effects")
-    killed = faults.start(project, SMALL)
+    killed = faults.start(project, SMALL, *TARGETS)
     until((project / CLEAN).with_name(".lock.0-of-1.h5").exists, killed)
     (orphan,) = faults.jobs(project)
     orphan.suspend()  # it is still there when the next run comes to the same file
     killed.kill()
     killed.wait()
     assert list(project.glob(".snakemake/locks/*.lock"))
-    run = faults.start(project, SMALL)
+    run = faults.start(project, SMALL, *TARGETS)
     log = project / "results/logs/clean/demo/heldout/0-of-1.log"
     until(lambda: log.exists() and "waiting for another process" in log.read_text(), run)
     orphan.resume()
@@ -140,7 +142,7 @@ def test_truncated_and_damaged_tables_are_made_again_without_asking(calm, tmp_pa
 
 def test_a_file_that_is_taken_away_in_the_middle_is_made_again_by_the_next_run(calm, tmp_path):
     project = copy(calm, tmp_path / "taken", CLEAN, "results/effects", "results/batches/effects")
-    run = faults.start(project, SMALL)
+    run = faults.start(project, SMALL, *TARGETS)
     until(lambda: (project / CLEAN).exists(), run)
     (project / CLEAN).unlink()
     assert run.wait() != 0

@@ -10,7 +10,7 @@ from fakes import ROOT
 
 # A module imports from the rows above its own, never from its own row or from one below.
 LAYERS = (
-    ("types", "registry", "fingerprint", "labels", "linear", "rows", "workers", "texts", "charts"),
+    ("types", "registry", "fingerprint", "labels", "linear", "rows", "workers", "texts", "charts", "locks", "seals"),
     ("hooks", "headers", "logits", "experiments", "jobs", "selection"),
     ("store", "interventions", "statistics", "batches"),
     ("hub",),

@@ -13,7 +13,7 @@ import pytest
 from fakes import ROOT
 from snakemake.shell import shell
 
-from pipeline import fingerprint, stage, store
+from pipeline import fingerprint, locks, stage, store
 
 
 def array(path, mark, name="mean", axes="d", values=(1.0,), **attributes):
@@ -133,7 +133,7 @@ def test_what_another_process_made_in_the_meantime_is_left_alone(monkeypatch, tm
         array(*paths, "ffff")
         yield True
 
-    monkeypatch.setattr(store, "alone", waited)
+    monkeypatch.setattr(locks, "alone", waited)
     start(monkeypatch, [item], calls.append, out=tmp_path / "made.h5")
     assert calls == []
     start(monkeypatch, [item], calls.append, out=tmp_path / "made.h5", options=[str(tmp_path / "lost.svg")])

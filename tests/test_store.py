@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from fakes import ROOT
 
-from pipeline import store
+from pipeline import locks, seals, store
 
 AXES = {"activation": "seq pos d"}
 SHAPES = {"activation": (20, 4, 3)}
@@ -33,9 +33,9 @@ def parquet(path, fingerprint="f00d", groups=(TABLE,), **attributes):
 
 
 def safetensors(path, fingerprint="f00d"):
-    header = json.dumps({"__metadata__": {"fingerprint": fingerprint, "checksum": store.UNSEALED}}).encode()
+    header = json.dumps({"__metadata__": {"fingerprint": fingerprint, "checksum": seals.UNSEALED}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    store.seal(path)
+    seals.seal(path)
     return path
 
 
@@ -403,11 +403,11 @@ def test_errors_that_have_nothing_to_do_with_the_file_pass(tmp_path):
 def test_every_flipped_byte_of_a_table_or_of_weights_is_noticed(tmp_path, name):
     path = WRITERS[name](tmp_path / name)
     whole = path.read_bytes()
-    assert store.verified(path) == path
+    assert seals.verified(path) == path
     for place in range(len(whole)):
         flipped(path, place, place % 8)
         with pytest.raises(ValueError, match=rf"{name}.*Delete it and run again"):
-            store.verified(path)
+            seals.verified(path)
         path.write_bytes(whole)
 
 
@@ -485,8 +485,8 @@ def test_chunks_that_were_torn_after_the_mark_are_written_again(tmp_path, monkey
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline import store
-with store.alone([Path(sys.argv[1])]):
+from pipeline import locks
+with locks.alone([Path(sys.argv[1])]):
     print("held", flush=True)
     sys.stdin.read()
     Path(sys.argv[1]).write_text("made")
@@ -504,7 +504,7 @@ def other_process(code, *arguments):
 def test_a_file_that_another_process_makes_is_waited_for(tmp_path):
     other = other_process(HOLD, tmp_path / "a")
     threading.Timer(0.5, other.stdin.close).start()
-    with store.alone([tmp_path / "a"]) as waited:
+    with locks.alone([tmp_path / "a"]) as waited:
         assert waited
         assert (tmp_path / "a").read_text() == "made"
     assert other.wait() == 0
@@ -515,22 +515,22 @@ def test_a_killed_process_holds_nothing(tmp_path):
     other = other_process(HOLD, tmp_path / "a")
     other.kill()
     other.wait()
-    with store.alone([tmp_path / "a"]) as waited:
+    with locks.alone([tmp_path / "a"]) as waited:
         assert not waited
     assert names(tmp_path) == []
 
 
 def test_locks_of_killed_runs_are_removed_and_those_of_live_ones_are_not(tmp_path):
-    code = "import sys; from pathlib import Path; from pipeline import store\n"
-    code += "alive = store.unlocked(Path(sys.argv[1])); print('alive', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from pipeline import locks\n"
+    code += "alive = locks.unlocked(Path(sys.argv[1])); print('alive', flush=True); sys.stdin.read()"
     other = other_process(code, tmp_path)
     for name in ("locks/0.output.lock", "incomplete/ab/cd"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("results/a.h5")
-    store.unlocked(tmp_path).close()
+    locks.unlocked(tmp_path).close()
     assert (tmp_path / "locks/0.output.lock").exists()
     other.kill()
     other.wait()
-    with store.unlocked(tmp_path):
+    with locks.unlocked(tmp_path):
         assert not (tmp_path / "locks/0.output.lock").exists()
         assert not (tmp_path / "incomplete/ab/cd").exists()

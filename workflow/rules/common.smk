@@ -11,7 +11,7 @@ ROOT = Path(str(workflow.current_basedir.join("../.."))).resolve()
 sys.path.insert(0, str(ROOT))
 
 from pipeline import config as configuration
-from pipeline import estimate, store
+from pipeline import estimate, locks, store
 from pipeline.jobs import BATCHES, BESIDE, PATTERNS
 from pipeline.plan import Plan
 from pipeline.stage import drop
@@ -29,7 +29,7 @@ except (ValueError, OSError) as error:
     raise WorkflowError(str(error)) from None
 # Of a workflow that includes this one, Snakemake's locks are its own business.
 if workflow.is_main_process and Path(str(workflow.main_snakefile)).resolve() == ROOT / "Snakefile":
-    ALIVE = store.unlocked(Path(".snakemake"))
+    ALIVE = locks.unlocked(Path(".snakemake"))
 REPORT = Path(PATTERNS["report"])
 HEADLINE = REPORT.with_name("headline.txt")
 
