@@ -943,7 +943,7 @@ def test_reconstructions_alone_are_dropped_where_activations_are_kept(every):
 
 @pytest.mark.parametrize(
     ("contexts", "shards", "read"),
-    [(None, 4, 4), (64, 4, 4), (65, 4, 4), (128, 4, 2), (136, 4, 2), (2048, 4, 1), (2048, 1, 1)],
+    [(None, 4, 4), (64, 4, 4), (65, 4, 4), (128, 4, 2), (136, 4, 2), (160, 2, 1), (160, 20, 8), (160, 1, 1)],
 )
 def test_dense_features_are_told_from_the_shards_of_the_first_contexts(tmp_path, contexts, shards, read):
     configuration = study(tmp_path) | {"shards": shards}
