@@ -19,8 +19,7 @@ def make(call: Call) -> None:
     with store.arrays(call.input("reconstructions"), {}) as given:
         names = [name for name in given if name not in VECTORS]
         shapes = {name: (given[name].shape, str(given[name].dtype)) for name in names}
-        attributes = {name: getattr(value, "item", lambda same=value: same)() for name, value in given.attrs.items()}
-        del attributes["fingerprint"]
+        attributes = {name: value for name, value in given.attrs.items() if name not in ("fingerprint", "checksum")}
         axes = {name: given[name].attrs["axes"] for name in names}
         with store.new_arrays(call.output, call.fingerprint, axes, shapes, **attributes) as file:
             for name in names:

@@ -218,7 +218,7 @@ def _sync(path: Path) -> None:
 
 
 def _plain(value):
-    return value if isinstance(value, (str, int, float)) else json.dumps(value)
+    return value if isinstance(value, (str, int, float, np.generic)) else json.dumps(value)
 
 
 @contextmanager
