@@ -21,7 +21,7 @@ def alone(paths: Iterable[Path]) -> Iterator[bool]:
     waited = False
     with ExitStack() as stack:
         for path in sorted(set(paths)):  # in one order, so that no two wait for each other
-            waited |= stack.enter_context(_locked(path.parent / f".lock.{path.name}"))
+            waited |= stack.enter_context(_locked(path.parent / f".making-{path.name}.lock"))
         yield waited
 
 

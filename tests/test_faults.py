@@ -96,7 +96,7 @@ def test_a_run_beside_another_is_refused_and_harms_nothing(calm, tmp_path):
 def test_a_run_goes_on_after_a_killed_one_whose_jobs_outlived_it_and_whose_lock_is_left(calm, tmp_path):
     project = copy(calm, tmp_path / "stale", CLEAN, "results/effects", "results/batches/effects")
     killed = faults.start(project, SMALL, *TARGETS)
-    until((project / CLEAN).with_name(".lock.0-of-1.h5").exists, killed)
+    until((project / CLEAN).with_name(".making-0-of-1.h5.lock").exists, killed)
     (orphan,) = faults.jobs(project)
     orphan.suspend()  # it is still there when the next run comes to the same file
     killed.kill()
