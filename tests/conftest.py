@@ -17,6 +17,15 @@ PLAIN = {"fold_ln": False, "center_writing_weights": False, "center_unembed": Fa
 torch.set_num_threads(1)  # the tests run in two processes
 
 
+# Files that run the whole workflow, longest first: begun last, they would leave the other process with nothing to do.
+WHOLE_RUNS = ("test_workflow", "test_faults", "test_named_study", "test_module", "test_ready")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(WHOLE_RUNS)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def demo_weights() -> Weights:
     return models.load_folder(DEMO / "model", PLAIN)

@@ -5,7 +5,6 @@ run that was left alone, bit for bit, and nothing that was finished may have bee
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -71,8 +70,8 @@ def outputs(process: psutil.Process) -> set[str]:
         command = process.cmdline()
     except psutil.NoSuchProcess:
         return set()
-    items = {item["path"] for item in json.loads(command[command.index("--job") + 1])}
-    return items & set(command[command.index("--out") + 1 :])
+    first = command[command.index("--out") + 1]  # the item, or the stamp of a batch
+    return set() if first.endswith(".json") else {first}
 
 
 def finished(folder: Path) -> dict[str, int]:
