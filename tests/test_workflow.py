@@ -344,7 +344,8 @@ def test_what_is_not_kept_goes_when_it_is_consumed_and_comes_back_where_it_is_as
         experiments=lambda each: [*each, {"id": "new", "interventions": ["sae_norm"], "saes": ["resid"]}],
     )
     ran(project, "--until", "effects", config=new)
-    assert items(project).keys() - after.keys() == {"results/effects/new/resid/heldout/0-of-1.parquet"}
+    again = {ITEMS["activations"], ITEMS["reconstructions"]}  # which the checks of the new experiment wait for
+    assert items(project).keys() - after.keys() == {"results/effects/new/resid/heldout/0-of-1.parquet", *again}
     for stage in ("activations", "reconstructions"):
         assert "1 of" in log(project, f"{stage}/demo/heldout/0-of-1/0")
 
