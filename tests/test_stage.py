@@ -216,7 +216,11 @@ def test_a_dropped_item_is_made_only_while_something_needs_it(tmp_path, monkeypa
     made = array(tmp_path / "made.h5", "aaaa")
     item = job(tmp_path / "0.h5") | {"needed_by": [[str(made), mark]]}
     found = []
-    start(monkeypatch, [item], lambda calls: found.extend(call.output.name for call in calls), run=stage.run_batch)
+
+    def work(calls):
+        found.extend(call.output.name for call in calls)
+
+    start(monkeypatch, [item], work, run=stage.run_batch, out=tmp_path / "stamp.json")
     assert found == asked_for
 
 
