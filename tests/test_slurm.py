@@ -107,12 +107,12 @@ def one_machine(slurm, tmp_path_factory) -> Path:
 
 def failing_once(project: Path, stage: str, shard: str):
     """While entered, the stage's first job for that shard fails. stage.py is part of no fingerprint."""
-    place = "    items, began = json.loads(arguments.job), time.monotonic()\n"
-    failure = f"""    if stage == "{stage}" and '"shard": "{shard}"' in arguments.job and not Path("failed").exists():
+    place = "    items, began = json.load(sys.stdin), time.monotonic()\n"
+    failure = f"""    if stage == "{stage}" and items[0]["key"]["shard"] == "{shard}" and not Path("failed").exists():
         Path("failed").touch()
         raise SystemExit("failed on purpose")
 """
-    return changed(project / "pipeline/stage.py", lambda text: text.replace(place, failure + place))
+    return changed(project / "pipeline/stage.py", lambda text: text.replace(place, place + failure))
 
 
 def on_the_cpu(project: Path, name: str) -> list[str]:
@@ -176,6 +176,7 @@ def test_small_rules_share_a_job_that_asks_for_the_most_memory_and_all_the_time(
     shared = {
         "prepare": ("tokens_weights", "24000M", "02:00:00"),
         "moments": ("moments", "12000M", "01:00:00"),  # two hooks
+        "scores": ("scores", "4000M", "00:15:00"),  # three shards
         "tables": ("analyses_summary", "16000M", "01:30:00"),
         "page": ("figures_paper_report", "8000M", "01:30:00"),
     }
