@@ -22,7 +22,7 @@ PLACE = ("model", "corpus", "hook", "sae", "experiment")
 QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
 # A feature that fires on more than this share of the ordinary tokens counts as dense.
 DENSE = 0.1
-# What is read of the reconstructions.
+# What is read of the scores.
 PER_TOKEN = ("l0", "l1", "norm", "sae_norm", "eps", "cos")
 AXES = dict.fromkeys(PER_TOKEN, "seq pos") | {"feature_count": "feature"}
 UNITS = dict.fromkeys(["kl_mean", *QUANTILES, "ce_mean", "ce_clean_mean", "delta_ce_mean", "delta_ce_median"], "nats")
